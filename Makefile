@@ -1,0 +1,92 @@
+# Every target sets up what it needs: the virtual environment, the pinned packages, the build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CMAKE := $(BIN)/cmake
+CTEST := $(BIN)/ctest --output-on-failure --no-tests=error
+JOBS := $(shell nproc)
+
+CXX_SOURCES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+ENGINE := -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRNN_EXT_ENGINE_ONLY=ON -DRNN_EXT_WERROR=ON
+
+DEPENDENCIES := $(VENV)/.dependencies
+BUILT := build/.built
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench build wheel sdist lint format test-cpp sanitize test-aarch64 cuda-check clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(BUILT) ## Train a character LSTM beside torch.nn's (DEMO_ARGS=--quick for a short run)
+	$(BIN)/python examples/char_lstm.py $(DEMO_ARGS)
+
+test: $(BUILT) test-cpp ## Run the whole test suite, Python and C++
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+bench: $(BUILT) ## Compare with torch.nn on this machine (BENCH_ARGS=--quick for a short run)
+	$(BIN)/python benchmarks/report.py $(BENCH_ARGS)
+
+build: $(BUILT) ## Build the extension in place and make rnn_ext importable in .venv
+
+wheel: $(DEPENDENCIES) ## Build a wheel for this Python and torch into dist/
+	rm -rf build/lib.* dist/*.whl
+	$(BIN)/pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist
+
+sdist: $(DEPENDENCIES) ## Build the source distribution into dist/
+	rm -rf dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+
+lint: $(DEPENDENCIES) ## Check style: ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(DEPENDENCIES) ## Rewrite the sources in the style that lint checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+test-cpp: $(DEPENDENCIES) ## Run the unit tests of the C++ engine
+	$(CMAKE) $(ENGINE) -B build/cpp
+	$(CMAKE) --build build/cpp --parallel $(JOBS)
+	$(CTEST) --test-dir build/cpp
+
+sanitize: $(DEPENDENCIES) ## The same under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+	$(CMAKE) $(ENGINE) -B build/sanitize -DRNN_EXT_SANITIZE=ON
+	$(CMAKE) --build build/sanitize --parallel $(JOBS)
+	$(CTEST) --test-dir build/sanitize
+	$(CMAKE) $(ENGINE) -B build/sanitize-thread -DRNN_EXT_SANITIZE=thread
+	$(CMAKE) --build build/sanitize-thread --parallel $(JOBS)
+	$(CTEST) --test-dir build/sanitize-thread
+
+test-aarch64: $(DEPENDENCIES) ## The same cross-compiled for aarch64, under qemu (Debian packages)
+	@cmake/install_aarch64_tools.sh
+	$(CMAKE) $(ENGINE) -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake
+	$(CMAKE) --build build/aarch64 --parallel $(JOBS)
+	$(CTEST) --test-dir build/aarch64
+
+cuda-check: ## Check the CUDA engine
+	@echo "rnn_ext: the CUDA engine is not there yet; tensors on a GPU run on torch's own kernels"; exit 1
+
+clean: ## Remove build outputs (keeps .venv)
+	rm -rf build dist out rnn_ext.egg-info rnn_ext/_C*.so rnn_ext/_build_info.py
+
+$(DEPENDENCIES): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "rnn_ext: Python 3.10 or later is needed; set PYTHON=... to one" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "rnn_ext: $(PYTHON) lacks venv (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the packages of requirements-dev.txt into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# build_ext first: its errors are one line, pip would wrap them. The editable install then finds
+# everything built and only makes `import rnn_ext` work from any folder.
+$(BUILT): $(DEPENDENCIES) $(BUILD_INPUTS)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@

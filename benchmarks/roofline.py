@@ -1,0 +1,145 @@
+"""The fastest any program could run a case on this machine, and the health of its cores.
+
+The floor of a case is the cheapest of three ways to use n threads, each charged only for what cannot be
+avoided:
+
+    max(flops / multiply-add peak, recurrent weight bytes / bandwidth of the level that holds them) + waits
+
+    one thread      peak and bandwidth of one core, all of W_hh each step, no waits
+    hidden split    n cores, each reads its n-th part of W_hh each step; every step of every pass needs the
+                    others' h, so a core-to-core signal is waited for
+    batch split     n cores, each reads all of W_hh each step for its rows, no waits (batch >= n only)
+
+W_hh has to be read again in every step, because a step needs the one before; training reads it in two
+passes. Everything else is touched once, can be prefetched, and is left out, and so are the activations:
+the floor is lower than anything real, and the share of it (floor / time) is never flattered.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from rnn_ext._bench import NUM_GATES, Case
+
+CACHE_SIZES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+class MachineProbe(Protocol):
+    """What is needed of probe.Probe."""
+
+    def fma(self, threads: int, element_bytes: int = 4, seconds: float = 0.02) -> float: ...
+    def read(self, threads: int, bytes_per_thread: int, seconds: float = 0.05) -> float: ...
+    def handoff(self, seconds: float = 0.02) -> float: ...
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the memory hierarchy: its size and the read rate of one and of all threads, byte/s."""
+
+    name: str
+    size: float
+    one_thread: float
+    all_threads: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured limits of this machine with a given number of threads. Rates in flop/s, times in seconds."""
+
+    threads: int
+    fma_one_thread: float
+    fma_all_threads: float
+    sgemm: float
+    handoff: float
+    levels: tuple[Level, ...]
+
+    @property
+    def peak(self) -> float:
+        return max(self.fma_all_threads, self.sgemm)
+
+    def level_of(self, size: float) -> Level:
+        return next((level for level in self.levels if size <= level.size), self.levels[-1])
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def cache_sizes() -> list[int]:
+    """Sizes in bytes of the data caches of one core, innermost first, as the kernel reports them."""
+    sizes = []
+    for index in sorted(CACHE_SIZES.glob("index*")):
+        if (index / "type").read_text().strip() != "Instruction":
+            sizes.append(int((index / "size").read_text().strip().removesuffix("K")) << 10)
+    # Inside some virtual machines the kernel reports nothing: a common, modest core is assumed then.
+    return sizes or [32 << 10, 1 << 20, 32 << 20]
+
+
+def best_sgemm(sizes: tuple[int, ...] = (512, 1024, 1536, 2048), attempts: int = 5) -> float:
+    """The best rate torch's own matrix product reaches with the current number of threads, in flop/s."""
+    best = 0.0
+    for size in sizes:
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        out = torch.empty(size, size)
+        for _ in range(attempts):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def measure(probe: MachineProbe, threads: int, attempts: int = 5) -> Machine:
+    """Best of several attempts at everything: a limit is what the machine can do when left alone."""
+    levels = []
+    caches = cache_sizes()
+    for number, size in enumerate([*caches, 0], start=1):
+        if size == 0:
+            name, buffer, size = "DRAM", min(4 * caches[-1], 256 << 20), float("inf")
+        elif number < len(caches) or len(caches) == 1:
+            name, buffer = f"L{number}", size // 2
+        else:
+            # The last level is shared: all threads' buffers together must fit, each beyond the level before.
+            name, buffer = f"L{number}", max(size // (2 * threads), 2 * caches[-2])
+        one = max(probe.read(1, buffer) for _ in range(attempts))
+        every = max(probe.read(threads, buffer) for _ in range(attempts))
+        levels.append(Level(name, size, one, every))
+    return Machine(
+        threads=threads,
+        fma_one_thread=max(probe.fma(1) for _ in range(attempts)),
+        fma_all_threads=max(probe.fma(threads) for _ in range(attempts)),
+        sgemm=best_sgemm(attempts=attempts),
+        handoff=min(probe.handoff() for _ in range(attempts)),
+        levels=tuple(levels),
+    )
+
+
+def floor_seconds(case: Case, machine: Machine) -> float:
+    """The time no program can beat on this machine, as defined at the top of this file. float32, one layer."""
+    if case.dtype != torch.float32 or case.num_layers != 1 or case.bidirectional or case.proj_size:
+        raise ValueError(f"no floor is defined for {case.label}")
+    passes = 2 if case.training else 1
+    weight_bytes = 4 * NUM_GATES[case.cell] * case.hidden_size**2
+    reads = weight_bytes * case.steps * passes
+    whole = machine.level_of(weight_bytes)
+    part = machine.level_of(weight_bytes / machine.threads)
+    waits = case.steps * passes * machine.handoff if machine.threads > 1 else 0.0
+    ways = [
+        max(case.flops / machine.fma_one_thread, reads / whole.one_thread),
+        max(case.flops / machine.peak, reads / part.all_threads) + waits,
+    ]
+    if case.batch >= machine.threads:
+        # Each thread reads everything: the rate of all threads together is shared by that many readers.
+        ways.append(max(case.flops / machine.peak, reads * machine.threads / whole.all_threads))
+    return min(ways)
+
+
+def health(probe: MachineProbe, threads: int, one_thread_rate: float) -> float:
+    """Multiply-add rate of all threads at this moment, as a share of `threads` undisturbed cores.
+
+    About 1 when every core is ours; about 1/2 when one of two is taken.
+    """
+    return probe.fma(threads) / (threads * one_thread_rate)

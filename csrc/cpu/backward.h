@@ -1,0 +1,476 @@
+// One layer, one or both directions, backward through time.
+//
+// Position s of the loop undoes forward's last positions first (direction 0 goes from step T-1 to
+// 0). One phase a position: a tile first finishes dL/dh of its units, the product of the gate
+// gradients of position s-1 with W_hh, and then applies the cell's backward to them at once, which
+// yields the gate gradients of position s. After every chunk of positions the gate gradients of the
+// chunk, still in the cache, become weight, bias and input gradients as large products. Sums run in
+// a fixed order, so the result is bitwise the same for any number of threads.
+#pragma once
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "activations.h"
+#include "buffers.h"
+#include "product.h"
+#include "team.h"
+
+namespace rnn_ext::RNN_EXT_ISA {
+
+template <class T, class Cell>
+struct BackwardPass {
+  static constexpr int kGates = Cell::kNumGates;
+  static constexpr int kSaved = Cell::kNumSaved;
+  static constexpr int64_t kBlock = 48;  // rows of a job's tile; plan.cpp chooses at most this
+
+  // dW (M, N) = left^T right, summed over the rows of a chunk: the left operand in blocks of kBlock
+  // columns [block][row][kBlock], the right one in panels.
+  struct WeightGradient {
+    T* out = nullptr;
+    int64_t m = 0;
+    Columns<T> n{0};
+    T* left = nullptr;
+    T* right = nullptr;
+  };
+
+  struct Direction {
+    T* w_hh;       // panels of (G*H, R)
+    T* w_ih;       // panels of (G*H, I), only for dx
+    T* w_hr;       // panels of (P, H)
+    T* dgx[2];     // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last
+    T* dgh[2];     // of their recurrent side; the same array unless the cell tells them apart
+    T* carry;      // (B, padded(R)): dL/dh on its way to the next position, without the product
+    T* dc;         // (B, padded(H))
+    T* dh;         // (chunk rows, padded(P)): dL/dh after the projection
+    T* output;     // (chunk rows, padded(H)): h before the projection
+    WeightGradient ih, hh, hr;
+  };
+
+  const BackwardCall<T>& call;
+  const SequenceShape& shape;
+  const Plan& plan;
+  const int64_t gate_rows;  // G*H
+  const bool project;
+  Columns<T> state_columns, input_columns, hidden_columns;
+  Direction directions[kMaxDirections];
+  size_t workspace_bytes;
+
+  BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
+      : call(c),
+        shape(c.shape),
+        plan(p),
+        gate_rows(kGates * c.shape.hidden_size),
+        project(c.shape.proj_size > 0),
+        state_columns{c.shape.state_size()},
+        input_columns{c.shape.input_size},
+        hidden_columns{c.shape.hidden_size} {
+    const int64_t rows = max_chunk_rows(shape, plan), H = shape.hidden_size, P = shape.proj_size;
+    Arena arena(workspace);
+    const auto take = [&](int64_t count, bool wanted = true) {
+      return wanted ? arena.take<T>(count) : nullptr;
+    };
+    for (int d = 0; d < shape.directions; ++d) {
+      Direction& w = directions[d];
+      const DirectionGradients<T>& g = call.gradients[d];
+      w.w_hh = take(state_columns.size(gate_rows));
+      w.w_ih = take(input_columns.size(gate_rows), call.dx.data);
+      w.w_hr = take(hidden_columns.size(P), project);
+      for (int i = 0; i < 2; ++i) {
+        w.dgx[i] = take(rows * gate_rows);
+        w.dgh[i] = Cell::kSplitsGradient ? take(rows * gate_rows) : w.dgx[i];
+      }
+      w.carry = take(shape.batch * padded(shape.state_size()));
+      w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
+      w.dh = take(rows * padded(P), project);
+      w.output = take(rows * padded(H), project && g.w_hr);
+
+      const auto set_up = [&](WeightGradient& gradient, T* out, int64_t m, Columns<T> n) {
+        gradient.out = out;
+        gradient.m = m;
+        gradient.n = n;
+        gradient.left = take(blocks_of(m, kBlock) * kBlock * rows, out);
+        gradient.right = take(n.size(rows), out);
+      };
+      set_up(w.ih, g.w_ih, gate_rows, input_columns);
+      set_up(w.hh, g.w_hh, gate_rows, state_columns);
+      set_up(w.hr, g.w_hr, P, hidden_columns);
+    }
+    workspace_bytes = arena.used();
+  }
+
+  void run(Member& team) const {
+    prepare(team);
+    for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
+      const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
+      for (int64_t i = s; i < end; ++i) step(team, i);
+      pack_chunk(team, s, end);
+      weight_gradients(team, s, end);
+      if (call.dx.data)
+        for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
+    }
+    step(team, shape.steps);  // the last product: dL/dh_0
+    team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
+  }
+
+ private:
+  // Backward undoes the directions' own order.
+  bool reversed(int d) const { return d == 0; }
+
+  void prepare(Member& team) const {
+    const int64_t states = state_columns.panels();
+    const int64_t inputs = call.dx.data ? input_columns.panels() : 0;
+    const int64_t hiddens = project ? hidden_columns.panels() : 0;
+    const int64_t jobs = states + inputs + hiddens + 1;
+    team.for_each(shape.directions * jobs, [&](int64_t job) {
+      const int d = int(job / jobs);
+      int64_t i = job % jobs;
+      const Direction& w = directions[d];
+      const DirectionWeights<T>& from = call.weights[d];
+      if (i < states) return pack(from.w_hh, from.ld_hh, gate_rows, state_columns, i, w.w_hh);
+      i -= states;
+      if (i < inputs) return pack(from.w_ih, from.ld_ih, gate_rows, input_columns, i, w.w_ih);
+      i -= inputs;
+      if (i < hiddens)
+        return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
+      load_state(w.carry, call.dh_n[d], shape.batch, shape.state_size());
+      if (w.dc) load_state(w.dc, call.dc_n[d], shape.batch, shape.hidden_size);
+    });
+  }
+
+  static void pack(const T* matrix, int64_t ld, int64_t depth, Columns<T> columns, int64_t panel,
+                   T* panels) {
+    const int vectors = columns.vectors(panel);
+    const int64_t first = columns.first(panel);
+    T* to = panels + columns.offset(panel, depth);
+    for (int64_t k = 0; k < depth; ++k)
+      pack_row(matrix + k * ld + first, columns.count - first, vectors,
+               to + k * vectors * kLanes<T>);
+  }
+
+  StepRange chunk_range(int d, int64_t chunk) const {
+    const int64_t begin = chunk * plan.chunk_steps, end = begin + plan.chunk_steps;
+    return range_at(shape, reversed(d), begin, end < shape.steps ? end : shape.steps);
+  }
+
+  // Where the values of (position s, batch row 0) stand in the arrays of its chunk.
+  int64_t chunk_row(int d, int64_t s) const {
+    return shape.first_row(step_at(shape, reversed(d), s)) -
+           chunk_range(d, s / plan.chunk_steps).base;
+  }
+  int slot(int64_t s) const { return int(s / plan.chunk_steps & 1); }
+
+  int64_t active_at(int d, int64_t s) const {
+    return s < 0 || s >= shape.steps ? 0 : shape.active(step_at(shape, reversed(d), s));
+  }
+
+  // The h_{t-1} of a row, in the direction's own order: an earlier output or the initial state.
+  const T* previous_h(int d, int64_t t, int64_t b) const {
+    const int64_t previous = d == 0 ? t - 1 : t + 1;
+    const int64_t R = shape.state_size();
+    if (previous >= 0 && previous < shape.steps && b < shape.active(previous))
+      return call.y.at(shape, previous, b) + d * R;
+    return call.h_0[d] ? call.h_0[d] + b * R : nullptr;
+  }
+
+  void step(Member& team, int64_t s) const {
+    const int64_t panels = state_columns.panels();
+    const int64_t blocks = blocks_of(shape.batch, plan.row_block);
+    team.for_each(shape.directions * panels * blocks, [&](int64_t i) {
+      state_tile(int(i / (panels * blocks)), i / blocks % panels, s, i % blocks * plan.row_block);
+    });
+    if (!project || s == shape.steps) return;
+    const int64_t hiddens = hidden_columns.panels();
+    team.for_each(shape.directions * hiddens * blocks, [&](int64_t i) {
+      projected_tile(int(i / (hiddens * blocks)), i / blocks % hiddens, s,
+                     i % blocks * plan.row_block);
+    });
+  }
+
+  int64_t clip(int64_t active, int64_t begin) const {
+    const int64_t rows = active - begin;
+    return rows < 0 ? 0 : rows < plan.row_block ? rows : plan.row_block;
+  }
+
+  void state_tile(int d, int64_t panel, int64_t s, int64_t begin) const {
+    const Direction& w = directions[d];
+    const int64_t earlier = clip(active_at(d, s - 1), begin), now = clip(active_at(d, s), begin);
+    const int64_t rows = earlier > now ? earlier : now;
+    if (rows == 0) return;
+    const int64_t R = shape.state_size(), stride = padded(R), first = state_columns.first(panel);
+    const int vectors = state_columns.vectors(panel);
+    const int64_t width = vectors * kLanes<T>;
+    alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
+    T* carry = w.carry + begin * stride + first;
+    if (earlier > 0) {
+      const T* dg = w.dgh[slot(s - 1)] + (chunk_row(d, s - 1) + begin) * gate_rows;
+      multiply_panel<T>(vectors, earlier, gate_rows, {dg, gate_rows},
+                        w.w_hh + state_columns.offset(panel, gate_rows), carry, stride, tile,
+                        width);
+    }
+    for (int64_t r = earlier; r < rows; ++r) copy_row(tile + r * width, carry + r * stride, width);
+    // Rows that have no step here are on their way out: what is left is their dL/dh_0.
+    for (int64_t r = now; r < rows; ++r) copy_row(carry + r * stride, tile + r * width, width);
+    if (now == 0) return;
+
+    const int64_t t = step_at(shape, reversed(d), s);
+    if (call.dy.data) {
+      for (int64_t r = 0; r < now; ++r) {
+        const T* dy = call.dy.at(shape, t, begin + r) + d * R + first;
+        for (int v = 0; v < vectors; ++v) {
+          T* to = tile + r * width + v * kLanes<T>;
+          const int64_t rest = R - first - v * kLanes<T>;
+          store(to, load(to) + load_upto(dy + v * kLanes<T>, rest));
+        }
+      }
+    }
+    if (project) {
+      for (int64_t r = 0; r < now; ++r) {
+        copy_row(w.dh + (chunk_row(d, s) + begin + r) * stride + first, tile + r * width, width);
+        zero_row(carry + r * stride, width);
+      }
+    } else {
+      for (int64_t r = 0; r < now; ++r)
+        for (int v = 0; v < vectors; ++v)
+          store(carry + r * stride + v * kLanes<T>,
+                unit_backward(d, s, t, begin + r, first + v * kLanes<T>,
+                              load(tile + r * width + v * kLanes<T>)));
+    }
+  }
+
+  // dL/dh through W_hr, then the cell.
+  void projected_tile(int d, int64_t panel, int64_t s, int64_t begin) const {
+    const Direction& w = directions[d];
+    const int64_t now = clip(active_at(d, s), begin);
+    if (now == 0) return;
+    const int64_t P = shape.proj_size, stride = padded(P), first = hidden_columns.first(panel);
+    const int vectors = hidden_columns.vectors(panel);
+    const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
+    alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
+    multiply_panel<T>(vectors, now, P, {w.dh + (chunk_row(d, s) + begin) * stride, stride},
+                      w.w_hr + hidden_columns.offset(panel, P), nullptr, 0, tile, width);
+    for (int64_t r = 0; r < now; ++r)
+      for (int v = 0; v < vectors; ++v)
+        unit_backward(d, s, t, begin + r, first + v * kLanes<T>,
+                      load(tile + r * width + v * kLanes<T>));
+  }
+
+  // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
+  // pass through W_hh.
+  RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t unit,
+                                      Vec<T> dh) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t H = shape.hidden_size, hidden = padded(H), rest = H - unit;
+    Vec<T> saved[kSaved + 1], dx[kGates], dg[kGates];
+    if constexpr (kSaved > 0) {
+      const T* reserve = call.reserve[d] + (shape.first_row(t) + b) * kSaved * hidden + unit;
+#pragma GCC unroll 8
+      for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden);
+      if constexpr (Cell::kHasCellState) {
+        if (w.output)
+          store(w.output + (chunk_row(d, s) + b) * hidden + unit,
+                Cell::template output<VectorMath<T>, Vec<T>>(math, saved));
+      }
+    }
+    UnitBackward<Vec<T>> u = {};
+    u.dh = dh;
+    if constexpr (Cell::kReadsOutput)
+      u.h = load_upto(call.y.at(shape, t, b) + d * H + unit, rest);
+    if constexpr (Cell::kReadsPreviousOutput) {
+      const T* h_prev = previous_h(d, t, b);
+      if (h_prev) u.h_prev = load_upto(h_prev + unit, rest);
+    }
+    if constexpr (Cell::kHasCellState) u.dc = load(w.dc + b * hidden + unit);
+    Cell::backward(math, saved, u, dx, dg);
+    if constexpr (Cell::kHasCellState) store(w.dc + b * hidden + unit, u.dc);
+    const int64_t row = (chunk_row(d, s) + b) * gate_rows + unit;
+#pragma GCC unroll 4
+    for (int g = 0; g < kGates; ++g) {
+      store_upto(w.dgx[slot(s)] + row + g * H, dx[g], rest);
+      if constexpr (Cell::kSplitsGradient) store_upto(w.dgh[slot(s)] + row + g * H, dg[g], rest);
+    }
+    return u.dh_prev;
+  }
+
+  // Left operands in blocks (with the bias sums, which read the same values), right ones in panels.
+  void pack_chunk(Member& team, int64_t s, int64_t end) const {
+    const int64_t gate_blocks = blocks_of(gate_rows, kBlock);
+    const int64_t projection_blocks = blocks_of(shape.proj_size, kBlock);
+    const int64_t counts[] = {gate_blocks,           gate_blocks,
+                              projection_blocks,     input_columns.panels(),
+                              state_columns.panels(), hidden_columns.panels()};
+    int64_t jobs = 0;
+    for (int64_t count : counts) jobs += count;
+    team.for_each(shape.directions * jobs, [&](int64_t job) {
+      const int d = int(job / jobs);
+      const Direction& w = directions[d];
+      const DirectionGradients<T>& g = call.gradients[d];
+      const StepRange range = range_at(shape, reversed(d), s, end);
+      int64_t i = job % jobs;
+      int kind = 0;
+      while (i >= counts[kind]) i -= counts[kind++];
+      switch (kind) {
+        case 0: {
+          const bool both = !Cell::kSplitsGradient;
+          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.ih.left,
+                    both ? w.hh.left : nullptr, gate_rows);
+          return sum_rows(w.dgx[slot(s)], range.rows, i, s == 0, g.b_ih, both ? g.b_hh : nullptr);
+        }
+        case 1:
+          if (!Cell::kSplitsGradient) return;
+          pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, nullptr, gate_rows);
+          return sum_rows(w.dgh[slot(s)], range.rows, i, s == 0, g.b_hh, nullptr);
+        case 2:
+          return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left, nullptr,
+                           shape.proj_size);
+        case 3:
+          return pack_right(range, i, w.ih, [&](int64_t, int64_t t, int64_t b) {
+            return call.x.at(shape, t, b);
+          });
+        case 4:
+          return pack_right(range, i, w.hh, [&](int64_t, int64_t t, int64_t b) {
+            return previous_h(d, t, b);
+          });
+        case 5:
+          return pack_right(range, i, w.hr, [&](int64_t row, int64_t, int64_t) {
+            return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);
+          });
+      }
+    });
+  }
+
+  static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, T* to, T* also,
+                        int64_t m) {
+    const int64_t first = block * kBlock, count = m - first < kBlock ? m - first : kBlock;
+    for (T* blocks : {to, also}) {
+      if (!blocks) continue;
+      T* out = blocks + first * rows;
+      for (int64_t r = 0; r < rows; ++r, out += kBlock) {
+        copy_row(out, from + r * ld + first, count);
+        if (count < kBlock) zero_row(out + count, kBlock - count);
+      }
+    }
+  }
+
+  void sum_rows(const T* from, int64_t rows, int64_t block, bool first_chunk, T* bias,
+                T* also) const {
+    if (!bias && !also) return;
+    const int64_t first = block * kBlock;
+    const int64_t last = first + kBlock < gate_rows ? first + kBlock : gate_rows;
+    for (int64_t column = first; column < last; column += kLanes<T>) {
+      const int64_t rest = last - column;
+      Vec<T> sum = {};
+      for (int64_t r = 0; r < rows; ++r) sum += load_upto(from + r * gate_rows + column, rest);
+      for (T* to : {bias, also})
+        if (to)
+          store_upto(to + column, first_chunk ? sum : load_upto(to + column, rest) + sum, rest);
+    }
+  }
+
+  template <class Source>
+  void pack_right(const StepRange& range, int64_t panel, const WeightGradient& gradient,
+                  Source&& source) const {
+    if (!gradient.right) return;
+    const int vectors = gradient.n.vectors(panel);
+    const int64_t first = gradient.n.first(panel), width = vectors * kLanes<T>;
+    T* to = gradient.right + gradient.n.offset(panel, range.rows);
+    for_rows(shape, range, 0, range.rows, [&](int64_t row, int64_t t, int64_t b) {
+      const T* from = source(row, t, b);
+      if (from)
+        pack_row(from + first, gradient.n.count - first, vectors, to + row * width);
+      else
+        zero_row(to + row * width, width);
+    });
+  }
+
+  void weight_gradients(Member& team, int64_t s, int64_t end) const {
+    int64_t counts[3 * kMaxDirections], jobs = 0;
+    const WeightGradient* gradients[3 * kMaxDirections];
+    int n = 0;
+    for (int d = 0; d < shape.directions; ++d) {
+      for (const WeightGradient* g : {&directions[d].ih, &directions[d].hh, &directions[d].hr}) {
+        if (!g->out) continue;
+        gradients[n] = g;
+        counts[n] = g->n.panels() * blocks_of(g->m, kBlock);
+        jobs += counts[n++];
+      }
+    }
+    team.for_each(jobs, [&](int64_t i) {
+      int k = 0;
+      while (i >= counts[k]) i -= counts[k++];
+      const WeightGradient& g = *gradients[k];
+      const int d = &g >= &directions[1].ih && shape.directions == 2 ? 1 : 0;
+      const int64_t rows = range_at(shape, reversed(d), s, end).rows;
+      const int64_t blocks = blocks_of(g.m, kBlock);
+      weight_tile(g, i / blocks, i % blocks, rows, s == 0);
+    });
+  }
+
+  static void weight_tile(const WeightGradient& g, int64_t panel, int64_t block, int64_t rows,
+                          bool first_chunk) {
+    const int64_t m = block * kBlock, count = g.m - m < kBlock ? g.m - m : kBlock;
+    const int64_t first = g.n.first(panel);
+    const int vectors = g.n.vectors(panel);
+    const int64_t width = vectors * kLanes<T>;
+    alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
+    multiply_panel<T>(vectors, count, rows, {g.left + m * rows, 1, kBlock},
+                      g.right + g.n.offset(panel, rows), nullptr, 0, tile, width);
+    for (int64_t r = 0; r < count; ++r) {
+      T* out = g.out + (m + r) * g.n.count + first;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t rest = g.n.count - first - v * kLanes<T>;
+        Vec<T> sum = load(tile + r * width + v * kLanes<T>);
+        if (!first_chunk) sum += load_upto(out + v * kLanes<T>, rest);
+        store_upto(out + v * kLanes<T>, sum, rest);
+      }
+    }
+  }
+
+  // dx = dgx W_ih. Of two directions the one that reaches a step first writes, the other adds: a
+  // sum of two terms is the same either way. Their chunks run in separate phases.
+  void input_gradient(Member& team, int d, int64_t s, int64_t end) const {
+    const StepRange range = range_at(shape, reversed(d), s, end);
+    const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kBlock);
+    const Direction& w = directions[d];
+    const int64_t chunk = s / plan.chunk_steps;
+    team.for_each(panels * blocks, [&](int64_t i) {
+      const int64_t panel = i / blocks, begin = i % blocks * kBlock;
+      const int64_t rows = range.rows - begin < kBlock ? range.rows - begin : kBlock;
+      const int64_t first = input_columns.first(panel);
+      const int vectors = input_columns.vectors(panel);
+      const int64_t width = vectors * kLanes<T>;
+      alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
+      multiply_panel<T>(vectors, rows, gate_rows, {w.dgx[slot(s)] + begin * gate_rows, gate_rows},
+                        w.w_ih + input_columns.offset(panel, gate_rows), nullptr, 0, tile, width);
+      for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
+        const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
+        T* dx = call.dx.at(shape, t, b) + first;
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t rest = shape.input_size - first - v * kLanes<T>;
+          Vec<T> sum = load(tile + (row - begin) * width + v * kLanes<T>);
+          if (add) sum += load_upto(dx + v * kLanes<T>, rest);
+          store_upto(dx + v * kLanes<T>, sum, rest);
+        }
+      });
+    });
+  }
+
+  bool other_was_here(int d, int64_t t, int64_t chunk) const {
+    const int64_t position = d == 0 ? t : shape.steps - 1 - t;  // of the other direction
+    const int64_t other = position / plan.chunk_steps;
+    return d == 0 ? other < chunk : other <= chunk;
+  }
+
+  void finish(int d) const {
+    const Direction& w = directions[d];
+    const DirectionGradients<T>& g = call.gradients[d];
+    const int64_t R = shape.state_size(), H = shape.hidden_size;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      if (g.h_0) copy_row(g.h_0 + b * R, w.carry + b * padded(R), R);
+      if (g.c_0) copy_row(g.c_0 + b * H, w.dc + b * padded(H), H);
+    }
+  }
+};
+
+}  // namespace rnn_ext::RNN_EXT_ISA

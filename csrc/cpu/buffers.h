@@ -1,0 +1,114 @@
+// Placing the engine's arrays in one workspace, and the row arithmetic that forward and backward
+// share.
+#pragma once
+
+#include "../sequence.h"
+#include "plan.h"
+#include "simd.h"
+
+namespace rnn_ext::RNN_EXT_ISA {
+
+// Hands out consecutive 64-byte aligned arrays. With base null it only counts, so the same code
+// that lays out a workspace also tells its size.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (size_t(count) * sizeof(T) + 63) & ~size_t(63);
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Consecutive steps first..last-1 and their rows in time order.
+struct StepRange {
+  int64_t first, last;
+  int64_t base, rows;  // number of the first row, count of rows
+
+  static StepRange of(const SequenceShape& shape, int64_t first, int64_t last) {
+    const int64_t base = shape.first_row(first);
+    return {first, last, base, shape.first_row(last) - base};
+  }
+};
+
+// Step that a direction works on at position s of `reversed` or natural order, and the range of
+// steps covered by positions [begin, end).
+inline int64_t step_at(const SequenceShape& shape, bool reversed, int64_t s) {
+  return reversed ? shape.steps - 1 - s : s;
+}
+inline StepRange range_at(const SequenceShape& shape, bool reversed, int64_t begin, int64_t end) {
+  return reversed ? StepRange::of(shape, shape.steps - end, shape.steps - begin)
+                  : StepRange::of(shape, begin, end);
+}
+
+// The largest number of rows in any chunk.
+inline int64_t max_chunk_rows(const SequenceShape& shape, const Plan& plan) {
+  const int64_t most = plan.chunk_steps * shape.batch;
+  return most < shape.rows() ? most : shape.rows();
+}
+
+// Are the rows of consecutive steps evenly spaced in memory? Then a product can read them in place.
+template <class T>
+bool evenly_spaced(const SequenceShape& shape, const StepRows<T>& rows, int64_t* stride) {
+  if (shape.offsets || shape.steps == 1) {
+    *stride = rows.row_stride;
+    return true;
+  }
+  if (shape.batch == 1) {
+    *stride = rows.step_stride;
+    return true;
+  }
+  *stride = rows.row_stride;
+  return rows.step_stride == shape.batch * rows.row_stride;
+}
+
+// Visits rows [begin, end) of a range, counted in time order: visit(row in range, t, b).
+template <class Visit>
+void for_rows(const SequenceShape& shape, const StepRange& range, int64_t begin, int64_t end,
+              Visit&& visit) {
+  int64_t t = range.first;
+  if (!shape.offsets) {
+    t += begin / shape.batch;
+  } else {
+    while (shape.offsets[t + 1] - range.base <= begin) ++t;
+  }
+  int64_t b = range.base + begin - shape.first_row(t);
+  for (int64_t row = begin; row < end; ++row) {
+    visit(row, t, b);
+    if (++b == shape.active(t)) {
+      b = 0;
+      ++t;
+    }
+  }
+}
+
+inline int64_t blocks_of(int64_t rows, int64_t block) {
+  return (rows + block - 1) / block;
+}
+
+template <class T>
+inline void copy_row(T* to, const T* from, int64_t n) {
+  std::memcpy(to, from, size_t(n) * sizeof(T));
+}
+template <class T>
+inline void zero_row(T* to, int64_t n) {
+  std::memset(to, 0, size_t(n) * sizeof(T));
+}
+
+// Fills a (B, padded(width)) state from a contiguous (B, width) one, zeros where there is none.
+template <class T>
+void load_state(T* to, const T* from, int64_t batch, int64_t width) {
+  for (int64_t b = 0; b < batch; ++b) {
+    T* row = to + b * padded(width);
+    zero_row(row, padded(width));
+    if (from) copy_row(row, from + b * width, width);
+  }
+}
+
+}  // namespace rnn_ext::RNN_EXT_ISA

@@ -1,0 +1,108 @@
+#include <atomic>
+
+#include "engine.h"
+
+namespace rnn_ext {
+namespace {
+
+std::vector<const Kernels*> runnable_kernels() {
+  std::vector<const Kernels*> kernels = {&scalar::kKernels};
+#if defined(RNN_EXT_HAVE_AVX2)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    kernels.push_back(&avx2::kKernels);
+#endif
+#if defined(RNN_EXT_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    kernels.push_back(&avx512::kKernels);
+#endif
+  return kernels;
+}
+
+std::atomic<const Kernels*>& selected() {
+  static std::atomic<const Kernels*> kernels{runnable_kernels().back()};
+  return kernels;
+}
+
+// Start `plan.threads` members on the same call.
+template <class Call>
+void run_team(void (*kernel)(const Call&, const Plan&, void*, Member&), const Call& call,
+              const Plan& plan, void* workspace, Runner runner) {
+  Team team(plan.threads);
+  if (team.members() == 1) {
+    Member alone(team, 0);
+    kernel(call, plan, workspace, alone);
+    return;
+  }
+  struct Context {
+    void (*kernel)(const Call&, const Plan&, void*, Member&);
+    const Call& call;
+    const Plan& plan;
+    void* workspace;
+    Team& team;
+  } context{kernel, call, plan, workspace, team};
+  runner(
+      team.members(),
+      [](int member, void* opaque) {
+        const Context& c = *static_cast<Context*>(opaque);
+        Member self(c.team, member);
+        c.kernel(c.call, c.plan, c.workspace, self);
+      },
+      &context);
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : runnable_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+const Kernels& current_kernels() {
+  return *selected().load(std::memory_order_relaxed);
+}
+
+bool select_isa(const std::string& name) {
+  for (const Kernels* kernels : runnable_kernels()) {
+    if (name != kernels->name) continue;
+    selected().store(kernels, std::memory_order_relaxed);
+    return true;
+  }
+  return false;
+}
+
+template <class T>
+Plan plan_call(const SequenceShape& shape, bool backward, int max_threads) {
+  return make_plan({shape, int(sizeof(T)), current_kernels().vector_bytes, backward, max_threads});
+}
+
+template <class T>
+size_t workspace_bytes(const ForwardCall<T>& call, const Plan& plan) {
+  return current_kernels().of<T>().forward_workspace(call, plan);
+}
+template <class T>
+size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan) {
+  return current_kernels().of<T>().backward_workspace(call, plan);
+}
+template <class T>
+void run(const ForwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
+  run_team<ForwardCall<T>>(current_kernels().of<T>().forward, call, plan, workspace, runner);
+}
+template <class T>
+void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
+  run_team<BackwardCall<T>>(current_kernels().of<T>().backward, call, plan, workspace, runner);
+}
+
+#define RNN_EXT_INSTANTIATE(T)                                              \
+  template Plan plan_call<T>(const SequenceShape&, bool, int);              \
+  template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);   \
+  template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&);  \
+  template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner);  \
+  template void run<T>(const BackwardCall<T>&, const Plan&, void*, Runner);
+RNN_EXT_INSTANTIATE(float)
+RNN_EXT_INSTANTIATE(double)
+
+}  // namespace rnn_ext

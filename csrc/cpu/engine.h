@@ -1,0 +1,40 @@
+// The CPU engine as the outside sees it: free of torch, for the torch layer and for the C++ tests.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+#include "team.h"
+
+namespace rnn_ext {
+
+// --- Instruction sets ---------------------------------------------------------------------------
+
+// Names this machine can run, slowest first. "scalar" is the baseline of the target (SSE2 on
+// x86-64, NEON on aarch64).
+std::vector<std::string> available_isas();
+const Kernels& current_kernels();
+// False if the name is unknown or this machine cannot run it; nothing changes then. Not to be
+// called while a call is running in another thread.
+bool select_isa(const std::string& name);
+
+// --- Calls --------------------------------------------------------------------------------------
+
+// T is float or double. A shape needs steps >= 1 and batch >= 1. `workspace` has at least the bytes
+// asked for, 64-byte aligned, uninitialized. With plan.threads == 1 the runner is not used.
+template <class T>
+Plan plan_call(const SequenceShape& shape, bool backward, int max_threads);
+
+template <class T>
+size_t workspace_bytes(const ForwardCall<T>& call, const Plan& plan);
+template <class T>
+void run(const ForwardCall<T>& call, const Plan& plan, void* workspace, Runner runner);
+
+template <class T>
+size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan);
+template <class T>
+void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner);
+
+}  // namespace rnn_ext

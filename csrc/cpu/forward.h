@@ -1,0 +1,335 @@
+// One layer, one or both directions, forward over the whole sequence.
+//
+// Phases (team.h): pack; then for every chunk of steps the input projection gx = x W_ih^T + b_ih as
+// one product, then for every step the recurrent product with the cell applied to each tile while
+// it is in the L1 cache. Both directions share the phases: direction 1 works on step T-1-s.
+#pragma once
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "activations.h"
+#include "buffers.h"
+#include "product.h"
+#include "rounding.h"
+#include "team.h"
+
+namespace rnn_ext::RNN_EXT_ISA {
+
+inline constexpr int64_t kMaxRowBlock = 48;  // plan.cpp chooses at most this
+
+// The two forms a gate matrix can be used in.
+template <class T, int kGates>
+struct GateMatrix {
+  GateColumns<T, kGates> columns;
+  int64_t depth;
+  const T* weights;  // (G*H, depth), leading dimension ld
+  int64_t ld;
+  T* packed;  // panels, null: use the weights as they are
+  T* bias;    // (width) in panel order
+
+  void prepare(int64_t panel, const T* plain_bias) const {
+    const int vectors = columns.vectors(panel);
+    for_vectors(panel, [&](int v, int64_t row, int64_t count) {
+      T* to = bias + columns.column(panel) + v * kLanes<T>;
+      if (plain_bias)
+        store(to, load_upto(plain_bias + row, count));
+      else
+        store(to, Vec<T>{});
+      if (packed)
+        pack_transposed(weights + row * ld, ld, count, depth,
+                        packed + columns.column(panel) * depth + v * kLanes<T>,
+                        vectors * kLanes<T>);
+    });
+  }
+
+  // out (rows, width of the panel) = bias + a * W^T. Rows of a are zero up to padded(depth) where
+  // nothing is packed.
+  void multiply(int64_t panel, int64_t rows, const T* a, int64_t row_stride, T* out,
+                int64_t out_stride) const {
+    const T* init = bias + columns.column(panel);
+    if (packed) {
+      multiply_panel<T>(columns.vectors(panel), rows, depth, {a, row_stride},
+                        packed + columns.column(panel) * depth, init, 0, out, out_stride);
+    } else {
+      for_vectors(panel, [&](int v, int64_t row, int64_t count) {
+        multiply_unpacked<T>(count, rows, depth, a, row_stride, weights + row * ld, ld,
+                             init + v * kLanes<T>, out + v * kLanes<T>, out_stride);
+      });
+    }
+  }
+
+ private:
+  // visit(vector of the panel, first weight row, rows that exist)
+  template <class Visit>
+  void for_vectors(int64_t panel, Visit&& visit) const {
+    const int unit_vectors = columns.unit_vectors(panel);
+    for (int g = 0; g < kGates; ++g) {
+      for (int u = 0; u < unit_vectors; ++u) {
+        const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
+        const int64_t rest = columns.hidden_size - unit;
+        visit(g * unit_vectors + u, g * columns.hidden_size + unit,
+              rest < kLanes<T> ? rest : kLanes<T>);
+      }
+    }
+  }
+};
+
+template <class T, class Cell>
+struct ForwardPass {
+  static constexpr int kGates = Cell::kNumGates;
+  static constexpr int kSaved = Cell::kNumSaved;
+  using Matrix = GateMatrix<T, kGates>;
+
+  struct Direction {
+    Matrix input, recurrent;
+    T* projection;  // panels of W_hr^T
+    T* x;           // (chunk rows, padded(I)): gathered input
+    T* gx;          // (chunk rows, width)
+    T* h[2];        // (B, padded(R)): h_{t-1} and h_t, alternating
+    T* c;           // (B, padded(H))
+    T* unprojected; // (B, padded(H))
+  };
+
+  const ForwardCall<T>& call;
+  const SequenceShape& shape;
+  const Plan& plan;
+  GateColumns<T, kGates> columns;
+  Columns<T> projection_columns;
+  int64_t x_stride = 0;  // of the rows of a chunk
+  bool gather;
+  Direction directions[kMaxDirections];
+  size_t workspace_bytes;
+
+  ForwardPass(const ForwardCall<T>& c, const Plan& p, void* workspace)
+      : call(c),
+        shape(c.shape),
+        plan(p),
+        columns{c.shape.hidden_size},
+        projection_columns{c.shape.proj_size} {
+    gather = !evenly_spaced(shape, call.x, &x_stride) || !plan.packed_weights;
+    if (gather) x_stride = padded(shape.input_size);
+    const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
+    const int64_t depth_x = shape.input_size, depth_h = shape.state_size();
+    Arena arena(workspace);
+    for (int d = 0; d < shape.directions; ++d) {
+      Direction& w = directions[d];
+      const DirectionWeights<T>& from = call.weights[d];
+      const bool pack = plan.packed_weights;
+      w.input = {columns, depth_x, from.w_ih, from.ld_ih,
+                 pack ? arena.take<T>(width * depth_x) : nullptr, arena.take<T>(width)};
+      w.recurrent = {columns, depth_h, from.w_hh, from.ld_hh,
+                     pack ? arena.take<T>(width * depth_h) : nullptr, arena.take<T>(width)};
+      w.x = gather ? arena.take<T>(rows * x_stride) : nullptr;
+      w.gx = arena.take<T>(rows * width);
+      for (T*& h : w.h) h = arena.take<T>(shape.batch * padded(depth_h));
+      w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
+      const bool project = shape.proj_size > 0;
+      w.projection =
+          project ? arena.take<T>(projection_columns.size(shape.hidden_size)) : nullptr;
+      w.unprojected =
+          project ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
+    }
+    workspace_bytes = arena.used();
+  }
+
+  void run(Member& team) const {
+    prepare(team);
+    for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
+      const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
+      project_input(team, s, end);
+      for (int64_t i = s; i < end; ++i) step(team, i, s, end);
+    }
+    team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
+  }
+
+ private:
+  void prepare(Member& team) const {
+    const int64_t panels = columns.panels(), projections = projection_columns.panels();
+    const int64_t jobs = panels + projections + 1;
+    team.for_each(shape.directions * jobs, [&](int64_t job) {
+      const int d = int(job / jobs);
+      const int64_t i = job % jobs;
+      const Direction& w = directions[d];
+      const DirectionWeights<T>& from = call.weights[d];
+      if (i < panels) {
+        w.input.prepare(i, from.b_ih);
+        w.recurrent.prepare(i, from.b_hh);
+      } else if (i < panels + projections) {
+        pack_projection(w, from, i - panels);
+      } else {
+        for (T* h : w.h) load_state(h, call.h_0[d], shape.batch, shape.state_size());
+        if (w.c) load_state(w.c, call.c_0[d], shape.batch, shape.hidden_size);
+      }
+    });
+  }
+
+  void pack_projection(const Direction& w, const DirectionWeights<T>& from, int64_t panel) const {
+    const int vectors = projection_columns.vectors(panel);
+    T* to = w.projection + projection_columns.offset(panel, shape.hidden_size);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t row = projection_columns.first(panel) + v * kLanes<T>;
+      const int64_t rest = shape.proj_size - row;
+      pack_transposed(from.w_hr + row * from.ld_hr, from.ld_hr, rest, shape.hidden_size,
+                      to + v * kLanes<T>, vectors * kLanes<T>);
+    }
+  }
+
+  void project_input(Member& team, int64_t s, int64_t end) const {
+    // Steps of the same positions, but rows of a packed batch differ by direction.
+    int64_t blocks = 0;
+    for (int d = 0; d < shape.directions; ++d) {
+      const int64_t n = blocks_of(range_at(shape, d == 1, s, end).rows, kMaxRowBlock);
+      if (n > blocks) blocks = n;
+    }
+    if (gather) {
+      team.for_each(shape.directions * blocks, [&](int64_t job) {
+        const int d = int(job / blocks);
+        const StepRange range = range_at(shape, d == 1, s, end);
+        const int64_t begin = job % blocks * kMaxRowBlock;
+        for_rows(shape, range, begin, block_end(begin, range), [&](int64_t row, int64_t t, int64_t b) {
+          T* to = directions[d].x + row * x_stride;
+          copy_row(to, call.x.at(shape, t, b), shape.input_size);
+          zero_row(to + shape.input_size, x_stride - shape.input_size);
+        });
+      });
+    }
+    const int64_t panels = columns.panels();
+    team.for_each(shape.directions * panels * blocks, [&](int64_t job) {
+      const int d = int(job / (panels * blocks));
+      const int64_t panel = job / blocks % panels;
+      const StepRange range = range_at(shape, d == 1, s, end);
+      const int64_t begin = job % blocks * kMaxRowBlock, last = block_end(begin, range);
+      if (begin >= last) return;
+      const Direction& w = directions[d];
+      const T* x = gather ? w.x : call.x.at(shape, range.first, 0);
+      w.input.multiply(panel, last - begin, x + begin * x_stride, x_stride,
+                       w.gx + begin * columns.width() + columns.column(panel), columns.width());
+    });
+  }
+
+  static int64_t block_end(int64_t begin, const StepRange& range) {
+    return begin + kMaxRowBlock < range.rows ? begin + kMaxRowBlock : range.rows;
+  }
+
+  // Calls job(direction, panel, t, first batch row, rows) for all tiles of position s.
+  template <class Job>
+  void for_tiles(Member& team, int64_t s, int64_t panels, Job&& job) const {
+    const int64_t blocks = blocks_of(shape.batch, plan.row_block);
+    team.for_each(shape.directions * panels * blocks, [&](int64_t i) {
+      const int d = int(i / (panels * blocks));
+      const int64_t t = step_at(shape, d == 1, s);
+      const int64_t begin = i % blocks * plan.row_block;
+      int64_t rows = shape.active(t) - begin;
+      if (rows > plan.row_block) rows = plan.row_block;
+      if (rows > 0) job(d, i / blocks % panels, t, begin, rows);
+    });
+  }
+
+  void step(Member& team, int64_t s, int64_t chunk_begin, int64_t chunk_end) const {
+    for_tiles(team, s, columns.panels(),
+              [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
+                const StepRange range = range_at(shape, d == 1, chunk_begin, chunk_end);
+                gate_tile(d, panel, s, t, begin, rows, shape.first_row(t) - range.base);
+              });
+    if (shape.proj_size > 0)
+      for_tiles(team, s, projection_columns.panels(),
+                [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
+                  projection_tile(d, panel, s, t, begin, rows);
+                });
+  }
+
+  void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
+                 int64_t gx_row) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t width = columns.width(), state = padded(shape.state_size());
+    const int64_t hidden = padded(shape.hidden_size);
+    const int unit_vectors = columns.unit_vectors(panel);
+    const int64_t tile_width = kGates * unit_vectors * kLanes<T>;
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    const T* h_prev = w.h[s & 1] + begin * state;
+    w.recurrent.multiply(panel, rows, h_prev, state, tile, tile_width);
+
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = begin + r;
+      const T* gx = w.gx + (gx_row + b) * width + columns.column(panel);
+      const T* gh = tile + r * tile_width;
+      T* y = call.y.at(shape, t, b) + d * shape.state_size();
+      T* reserve =
+          call.reserve[d] ? call.reserve[d] + (shape.first_row(t) + b) * kSaved * hidden : nullptr;
+      for (int u = 0; u < unit_vectors; ++u) {
+        const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
+        Vec<T> x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
+#pragma GCC unroll 4
+        for (int g = 0; g < kGates; ++g) {
+          x[g] = load(gx + (g * unit_vectors + u) * kLanes<T>);
+          h[g] = load(gh + (g * unit_vectors + u) * kLanes<T>);
+        }
+        if constexpr (Cell::kHasCellState) c = load(w.c + b * hidden + unit);
+        if constexpr (Cell::kReadsPreviousOutput) previous = load(h_prev + r * state + unit);
+        Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
+        if constexpr (Cell::kHasCellState) store(w.c + b * hidden + unit, c);
+        if (reserve) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kSaved; ++i) store(reserve + i * hidden + unit, saved[i]);
+        }
+        if (shape.proj_size > 0) {
+          store(w.unprojected + b * hidden + unit, out);
+        } else {
+          out = round_to<T>(out, call.rounding);
+          store(w.h[~s & 1] + b * state + unit, out);
+          store_upto(y + unit, out, shape.hidden_size - unit);
+        }
+      }
+    }
+  }
+
+  void projection_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin,
+                       int64_t rows) const {
+    const Direction& w = directions[d];
+    const int64_t hidden = padded(shape.hidden_size), state = padded(shape.state_size());
+    const int vectors = projection_columns.vectors(panel);
+    const int64_t first = projection_columns.first(panel), tile_width = vectors * kLanes<T>;
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    multiply_panel<T>(vectors, rows, shape.hidden_size, {w.unprojected + begin * hidden, hidden},
+                      w.projection + projection_columns.offset(panel, shape.hidden_size), nullptr,
+                      0, tile, tile_width);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = begin + r;
+      T* y = call.y.at(shape, t, b) + d * shape.state_size() + first;
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<T> out = round_to<T>(load(tile + r * tile_width + v * kLanes<T>), call.rounding);
+        store(w.h[~s & 1] + b * state + first + v * kLanes<T>, out);
+        store_upto(y + v * kLanes<T>, out, shape.proj_size - first - v * kLanes<T>);
+      }
+    }
+  }
+
+  void finish(int d) const {
+    const Direction& w = directions[d];
+    const int64_t R = shape.state_size(), H = shape.hidden_size;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      // Which of the two buffers holds the last h depends on the last position the row was active
+      // at. In direction 1 that is the end for every row: short rows start late there.
+      const int64_t steps = d == 0 ? steps_of_row(b) : shape.steps;
+      if (call.h_n[d]) copy_row(call.h_n[d] + b * R, w.h[steps & 1] + b * padded(R), R);
+      if (w.c && call.c_n[d]) copy_row(call.c_n[d] + b * H, w.c + b * padded(H), H);
+    }
+  }
+
+  int64_t steps_of_row(int64_t b) const {
+    if (!shape.batch_sizes) return shape.steps;
+    int64_t low = 0, high = shape.steps;  // batch_sizes does not increase: bisect
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (shape.batch_sizes[middle] > b)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
+}  // namespace rnn_ext::RNN_EXT_ISA

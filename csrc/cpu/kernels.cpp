@@ -1,0 +1,76 @@
+// Compiled once per instruction set, with RNN_EXT_ISA naming its namespace. Nothing here may
+// instantiate inline code that another unit could pick up at link time: no torch, no STL.
+#include "kernels.h"
+
+#include "backward.h"
+#include "forward.h"
+
+namespace rnn_ext::RNN_EXT_ISA {
+namespace {
+
+// Calls f(Cell{}) with the cell of that kind.
+template <class F>
+auto with_cell(CellKind kind, F&& f) {
+  switch (kind) {
+    case CellKind::kRnnTanh:
+      return f(RnnCell<false>{});
+    case CellKind::kRnnRelu:
+      return f(RnnCell<true>{});
+    case CellKind::kGru:
+      return f(GruCell{});
+    case CellKind::kLstm:
+      break;
+  }
+  return f(LstmCell{});
+}
+
+template <class T>
+size_t forward_workspace(const ForwardCall<T>& call, const Plan& plan) {
+  return with_cell(call.shape.cell, [&](auto cell) {
+    return ForwardPass<T, decltype(cell)>(call, plan, nullptr).workspace_bytes;
+  });
+}
+
+template <class T>
+void forward(const ForwardCall<T>& call, const Plan& plan, void* workspace, Member& team) {
+  with_cell(call.shape.cell, [&](auto cell) {
+    ForwardPass<T, decltype(cell)>(call, plan, workspace).run(team);
+  });
+}
+
+template <class T>
+size_t backward_workspace(const BackwardCall<T>& call, const Plan& plan) {
+  return with_cell(call.shape.cell, [&](auto cell) {
+    return BackwardPass<T, decltype(cell)>(call, plan, nullptr).workspace_bytes;
+  });
+}
+
+template <class T>
+void backward(const BackwardCall<T>& call, const Plan& plan, void* workspace, Member& team) {
+  with_cell(call.shape.cell, [&](auto cell) {
+    BackwardPass<T, decltype(cell)>(call, plan, workspace).run(team);
+  });
+}
+
+template <class T, Vec<T> (*kFunction)(Vec<T>)>
+void elementwise(const T* x, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>)
+    store_upto(y + i, kFunction(load_upto(x + i, n - i)), n - i);
+}
+
+template <class T>
+constexpr KernelsOf<T> table() {
+  return {forward_workspace<T>,        forward<T>,
+          backward_workspace<T>,       backward<T>,
+          elementwise<T, &sigmoid<T>>, elementwise<T, &tanh<T>>};
+}
+
+#define RNN_EXT_STRING(x) #x
+#define RNN_EXT_NAME(x) RNN_EXT_STRING(x)
+
+}  // namespace
+
+extern const Kernels kKernels = {RNN_EXT_NAME(RNN_EXT_ISA), kVectorBytes, table<float>(),
+                                 table<double>()};
+
+}  // namespace rnn_ext::RNN_EXT_ISA

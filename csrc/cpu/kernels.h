@@ -1,0 +1,47 @@
+// The table through which the rest of the engine calls the kernels of one instruction set.
+#pragma once
+
+#include "../sequence.h"
+#include "plan.h"
+#include "team.h"
+
+namespace rnn_ext {
+
+template <class T>
+struct KernelsOf {
+  size_t (*forward_workspace)(const ForwardCall<T>&, const Plan&);
+  void (*forward)(const ForwardCall<T>&, const Plan&, void* workspace, Member&);
+  size_t (*backward_workspace)(const BackwardCall<T>&, const Plan&);
+  void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&);
+  // Elementwise, for the accuracy tests: y[i] = f(x[i]).
+  void (*sigmoid)(const T* x, T* y, int64_t n);
+  void (*tanh)(const T* x, T* y, int64_t n);
+};
+
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  KernelsOf<float> f32;
+  KernelsOf<double> f64;
+
+  template <class T>
+  const KernelsOf<T>& of() const {
+    if constexpr (sizeof(T) == 4)
+      return f32;
+    else
+      return f64;
+  }
+};
+
+// Defined by kernels.cpp, once per instruction set.
+namespace scalar {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+}  // namespace rnn_ext

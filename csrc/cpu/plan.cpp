@@ -1,0 +1,74 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace rnn_ext {
+namespace {
+
+// Order-of-magnitude figures of a current server core; the choices below are not sensitive to a
+// factor of two.
+constexpr double kFlopsPerVectorByte = 1.1e9;  // f32 multiply-add rate / vector width
+constexpr double kL2BytesPerSecond = 60e9;
+constexpr double kBarrierSeconds = 0.5e-6;
+constexpr double kTeamStartSeconds = 4e-6;
+
+constexpr int64_t kMaxRowBlock = 48;  // a multiple of every tile height
+constexpr int64_t kForwardChunkBytes = 512 * 1024;
+constexpr int64_t kBackwardChunkRows = 256;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace
+
+Plan make_plan(const PlanInput& input) {
+  const SequenceShape& s = input.shape;
+  const int64_t gates = num_gates(s.cell);
+  const int64_t steps = std::max<int64_t>(s.steps, 1), batch = std::max<int64_t>(s.batch, 1);
+  Plan plan;
+
+  const int64_t blocks = ceil_div(batch, kMaxRowBlock);
+  plan.row_block = std::min(kMaxRowBlock, ceil_div(ceil_div(batch, blocks), 12) * 12);
+
+  // Packing costs about as much as reading each weight a few times; a dot product pays for a
+  // horizontal sum per output instead, which weighs more the shorter the row is.
+  const int64_t products = steps * batch;
+  plan.packed_weights = input.backward || products * 32 > std::max(s.state_size(), s.input_size);
+
+  const int64_t row_bytes = gates * padded(s.hidden_size) * input.element_bytes;
+  if (input.backward)
+    plan.chunk_steps = ceil_div(kBackwardChunkRows, batch);
+  else
+    plan.chunk_steps = kForwardChunkBytes / std::max<int64_t>(row_bytes * batch, 1);
+  plan.chunk_steps = std::clamp<int64_t>(plan.chunk_steps, 1, steps);
+
+  // One step of one thread: the larger of arithmetic and reading the recurrent weights.
+  const double weights = double(gates) * s.hidden_size * s.state_size() +
+                         double(s.proj_size) * s.hidden_size;
+  const double inputs = double(gates) * s.hidden_size * s.input_size;
+  const double flops = 2.0 * (weights + inputs) * batch * s.directions * (input.backward ? 2 : 1);
+  const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / input.element_bytes;
+  const double bytes = weights * input.element_bytes * s.directions;
+  plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
+
+  // Jobs of a step, the grain of the split.
+  const int64_t units = input.vector_bytes / input.element_bytes * (gates == 1 ? 4 : 1);
+  const int64_t jobs = ceil_div(s.hidden_size, units) * blocks * s.directions;
+  plan.reason = "one thread: a step is too short to be shared";
+  const double alone = plan.step_seconds * steps;
+  double best = alone;
+  for (int threads = 2; threads <= std::min<int64_t>(input.max_threads, jobs); ++threads) {
+    const double share = double(ceil_div(jobs, threads)) / double(jobs);
+    const double together = kTeamStartSeconds + (plan.step_seconds * share + kBarrierSeconds) * steps;
+    if (together < 0.85 * best) {
+      best = together;
+      plan.threads = threads;
+      plan.reason = "hidden units and batch rows of a step shared by the team";
+    }
+  }
+  if (input.max_threads <= 1) plan.reason = "one thread: no more on offer";
+  return plan;
+}
+
+}  // namespace rnn_ext

@@ -1,0 +1,29 @@
+// The choice of how to run a call: a small cost model in one place. It depends on the shape and on
+// the number of threads on offer; everything that could change a rounding (packing, chunks) depends
+// on the shape alone, so that results are the same for any number of threads.
+#pragma once
+
+#include "../sequence.h"
+
+namespace rnn_ext {
+
+struct Plan {
+  int threads = 1;
+  bool packed_weights = true;  // forward only: else dot products on the weights as they are
+  int64_t chunk_steps = 1;     // steps whose input projection (weight gradient) is done at once
+  int64_t row_block = 1;       // batch rows of one job
+  double step_seconds = 0;     // predicted, of one thread
+  const char* reason = "";
+};
+
+struct PlanInput {
+  SequenceShape shape;
+  int element_bytes = 4;
+  int vector_bytes = 16;
+  bool backward = false;
+  int max_threads = 1;
+};
+
+Plan make_plan(const PlanInput& input);
+
+}  // namespace rnn_ext

@@ -1,0 +1,269 @@
+// Register-tiled matrix products on packed panels, and the packing. Every product of the engine,
+// per step or over all steps, is one call of multiply_panel: rows of A times one panel of B.
+//
+// A panel holds up to kPanelVectors vectors of columns, stored [K][vectors][lanes], so that the
+// kernel streams it in one direction whatever the matrix looked like. In a gate panel the vectors
+// are the gates of the same hidden units: a tile of the product holds all gates of its units and
+// the cell can be applied to it at once.
+#pragma once
+
+#include "simd.h"
+
+namespace rnn_ext::RNN_EXT_ISA {
+
+inline constexpr int kPanelVectors = 4;
+
+// Rows of a tile: as many as leave registers for one row of B and the broadcasts.
+constexpr int tile_rows(int vectors) {
+  if (kVectorRegisters >= 32) return vectors == 4 ? 6 : 8;
+  return vectors == 4 ? 3 : vectors == 3 ? 4 : 6;
+}
+inline constexpr int kMaxTileRows = 8;
+// K is cut so that a block of a panel stays in the L2 cache while all row tiles pass over it.
+inline constexpr int64_t kBlockBytes = 64 * 1024;
+
+// The left operand. Tile i starts at data + i * tile_rows * row_stride for a plain matrix.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t row_stride;
+  int64_t k_stride = 1;
+  int64_t tile_stride = 0;  // 0: tile_rows * row_stride
+};
+
+template <class T, int kRows, int kVectors>
+RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride, int64_t k_stride,
+                                  const T* b, const T* init, int64_t init_stride, T* out,
+                                  int64_t out_stride) {
+  using V = Vec<T>;
+  // With few rows there are too few independent sums to hide the latency of the multiply-adds:
+  // take two or four consecutive k at a time, each with its own sums.
+  constexpr int kUnroll = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
+  constexpr int kWidth = kVectors * kLanes<T>;
+  V sum[kUnroll][kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[0][r][v] = init ? load(init + r * init_stride + v * kLanes<T>) : V{};
+#pragma GCC unroll 4
+      for (int u = 1; u < kUnroll; ++u) sum[u][r][v] = V{};
+    }
+  }
+  int64_t k = 0;
+  for (; k + kUnroll <= depth; k += kUnroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      V column[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) column[v] = load(b + u * kWidth + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const V left = splat<T>(a[r * row_stride + u * k_stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[u][r][v] += left * column[v];
+      }
+    }
+    a += kUnroll * k_stride;
+    b += kUnroll * kWidth;
+  }
+  for (; k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V left = splat<T>(a[r * row_stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[0][r][v] += left * load(b + v * kLanes<T>);
+    }
+    a += k_stride;
+    b += kWidth;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      V total = sum[0][r][v];
+#pragma GCC unroll 4
+      for (int u = 1; u < kUnroll; ++u) total += sum[u][r][v];
+      store(out + r * out_stride + v * kLanes<T>, total);
+    }
+  }
+}
+
+template <class T, int kVectors, int kRows>
+inline void multiply_rest(int64_t rows, int64_t depth, const T* a, int64_t row_stride,
+                          int64_t k_stride, const T* b, const T* init, int64_t init_stride, T* out,
+                          int64_t out_stride) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows)
+      multiply_tile<T, kRows, kVectors>(depth, a, row_stride, k_stride, b, init, init_stride, out,
+                                        out_stride);
+    else
+      multiply_rest<T, kVectors, kRows - 1>(rows, depth, a, row_stride, k_stride, b, init,
+                                            init_stride, out, out_stride);
+  }
+}
+
+template <class T, int kVectors>
+inline void multiply_vectors(int64_t rows, int64_t depth, Rows<T> a, const T* panel, const T* init,
+                             int64_t init_stride, T* out, int64_t out_stride) {
+  constexpr int kRows = tile_rows(kVectors);
+  constexpr int64_t kWidth = kVectors * kLanes<T>;
+  const int64_t tile_stride = a.tile_stride ? a.tile_stride : kRows * a.row_stride;
+  int64_t block = depth;
+  if (rows > kRows) block = kBlockBytes / (kWidth * int64_t(sizeof(T)));
+  int64_t k = 0;
+  do {  // once even for depth 0: out = init
+    const int64_t length = depth - k < block ? depth - k : block;
+    int64_t row = 0;
+    const T* tile = a.data + k * a.k_stride;
+    for (; row + kRows <= rows; row += kRows, tile += tile_stride)
+      multiply_tile<T, kRows, kVectors>(length, tile, a.row_stride, a.k_stride, panel + k * kWidth,
+                                        init ? init + row * init_stride : nullptr, init_stride,
+                                        out + row * out_stride, out_stride);
+    multiply_rest<T, kVectors, kRows - 1>(rows - row, length, tile, a.row_stride, a.k_stride,
+                                          panel + k * kWidth,
+                                          init ? init + row * init_stride : nullptr, init_stride,
+                                          out + row * out_stride, out_stride);
+    k += length;
+    init = out;  // the next block of K continues the sums
+    init_stride = out_stride;
+  } while (k < depth);
+}
+
+// out (rows, vectors*lanes) = init + A (rows, depth) * panel (depth, vectors*lanes).
+// init null means zeros; init_stride 0 repeats one row (a bias).
+template <class T>
+void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<T> a, const T* panel,
+                    const T* init, int64_t init_stride, T* out, int64_t out_stride) {
+  switch (vectors) {
+    case 1:
+      return multiply_vectors<T, 1>(rows, depth, a, panel, init, init_stride, out, out_stride);
+    case 2:
+      return multiply_vectors<T, 2>(rows, depth, a, panel, init, init_stride, out, out_stride);
+    case 3:
+      return multiply_vectors<T, 3>(rows, depth, a, panel, init, init_stride, out, out_stride);
+    case 4:
+      return multiply_vectors<T, 4>(rows, depth, a, panel, init, init_stride, out, out_stride);
+  }
+}
+
+// The same product for one vector of columns, straight from a row-major weight matrix (column j
+// of B is row j of it): dot products. Worth it when packing would not be paid back. `weights` is
+// the row of lane 0, `columns` (1..lanes) how many rows exist. Rows of A are readable and zero up
+// to padded(depth).
+template <class T>
+void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a,
+                       int64_t row_stride, const T* weights, int64_t ld, const T* init, T* out,
+                       int64_t out_stride) {
+  using V = Vec<T>;
+  constexpr int kGroup = 4;  // weight rows at a time: enough independent sums
+  const int64_t whole = depth / kLanes<T> * kLanes<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* left = a + r * row_stride;
+    V sum[kLanes<T>] = {};
+    for (int64_t j = 0; j < columns; j += kGroup) {
+      // A group cut short by the edge repeats its last row: same code, results ignored.
+      const T* w[kGroup];
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; ++i)
+        w[i] = weights + (j + i < columns ? j + i : columns - 1) * ld;
+      V group[kGroup] = {};
+      for (int64_t k = 0; k < whole; k += kLanes<T>) {
+        const V x = load(left + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i) group[i] += load(w[i] + k) * x;
+      }
+      if (whole < depth) {
+        const V x = load(left + whole);
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i)
+          group[i] += load_first(w[i] + whole, depth - whole) * x;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; ++i)
+        if (j + i < kLanes<T>) sum[j + i] = group[i];
+    }
+    V total = sum_each<T>(sum);
+    if (columns < kLanes<T>) {  // lanes without a row repeat the last one
+      T lanes[kLanes<T>] = {};
+      store_first(lanes, total, columns);
+      total = load(lanes);
+    }
+    store(out + r * out_stride, load(init) + total);
+  }
+}
+
+// Packs rows `first .. first + columns` of a row-major matrix (ld, depth columns) as one vector
+// of a panel: panel[k][lane] = weights[lane][k]. `width` is the panel's row length.
+template <class T>
+void pack_transposed(const T* weights, int64_t ld, int64_t columns, int64_t depth, T* panel,
+                     int64_t width) {
+  constexpr int64_t kSide = kLanes<T>;
+  for (int64_t k = 0; k < depth; k += kSide) {
+    const int64_t length = depth - k < kSide ? depth - k : kSide;
+    Vec<T> square[kSide];
+    if (length == kSide && columns >= kSide) {
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kSide; ++j) square[j] = load(weights + j * ld + k);
+    } else {
+      for (int64_t j = 0; j < kSide; ++j)
+        square[j] = j < columns ? load_upto(weights + j * ld + k, length) : Vec<T>{};
+    }
+    transpose<T>(square);
+    if (length == kSide) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; ++i) store(panel + (k + i) * width, square[i]);
+    } else {
+      for (int64_t i = 0; i < length; ++i) store(panel + (k + i) * width, square[i]);
+    }
+  }
+}
+
+// Packs one row (k) of a panel from up to `vectors` vectors of contiguous values.
+template <class T>
+RNN_EXT_INLINE void pack_row(const T* values, int64_t columns, int vectors, T* panel_row) {
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t rest = columns - v * kLanes<T>;
+    store(panel_row + v * kLanes<T>, rest > 0 ? load_upto(values + v * kLanes<T>, rest) : Vec<T>{});
+  }
+}
+
+// Panels of plain columns: kPanelVectors vectors each, the last one as few as it needs.
+template <class T>
+struct Columns {
+  int64_t count;  // columns of the matrix
+
+  static constexpr int64_t kWidth = kPanelVectors * kLanes<T>;
+  int64_t panels() const { return (count + kWidth - 1) / kWidth; }
+  int64_t first(int64_t panel) const { return panel * kWidth; }
+  int vectors(int64_t panel) const {
+    const int64_t rest = (count - first(panel) + kLanes<T> - 1) / kLanes<T>;
+    return int(rest < kPanelVectors ? rest : kPanelVectors);
+  }
+  int64_t size(int64_t depth) const {  // elements of all panels
+    return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T> * depth;
+  }
+  int64_t offset(int64_t panel, int64_t depth) const { return panel * kWidth * depth; }
+};
+
+// Panels of gates: `kGates` vectors for the same units, or (one gate) kPanelVectors of units.
+template <class T, int kGates>
+struct GateColumns {
+  static constexpr int kUnitVectors = kGates == 1 ? kPanelVectors : 1;
+  static constexpr int64_t kUnits = kUnitVectors * kLanes<T>;  // of a full panel
+  int64_t hidden_size;
+
+  int64_t panels() const { return (hidden_size + kUnits - 1) / kUnits; }
+  int64_t first_unit(int64_t panel) const { return panel * kUnits; }
+  int unit_vectors(int64_t panel) const {
+    const int64_t rest = (hidden_size - first_unit(panel) + kLanes<T> - 1) / kLanes<T>;
+    return int(rest < kUnitVectors ? rest : kUnitVectors);
+  }
+  int vectors(int64_t panel) const { return kGates * unit_vectors(panel); }
+  int64_t width() const {  // columns of all panels
+    return (hidden_size + kLanes<T> - 1) / kLanes<T> * kLanes<T> * kGates;
+  }
+  int64_t column(int64_t panel) const { return panel * kUnits * kGates; }
+};
+
+}  // namespace rnn_ext::RNN_EXT_ISA

@@ -1,0 +1,133 @@
+// Vectors of one instruction set, by GCC/Clang vector extensions: the same text becomes AVX-512,
+// AVX2, SSE2 or NEON. Everything that is compiled per instruction set lives in the namespace
+// rnn_ext::RNN_EXT_ISA, so that no inline function of one unit can replace another's at link time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define RNN_EXT_INLINE inline __attribute__((always_inline))
+
+namespace rnn_ext::RNN_EXT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kVectorRegisters = 16;
+#else
+inline constexpr int kVectorBytes = 16;
+#if defined(__aarch64__)
+inline constexpr int kVectorRegisters = 32;
+#else
+inline constexpr int kVectorRegisters = 16;
+#endif
+#endif
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using Bits = typename VectorOf<T>::bits;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+RNN_EXT_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::loose*>(p);
+}
+template <class T>
+RNN_EXT_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::loose*>(p) = v;
+}
+// The first n lanes (0 < n < kLanes); the others read as zero and are not written.
+template <class T>
+inline Vec<T> load_first(const T* p, int64_t n) {
+  Vec<T> v = {};
+  std::memcpy(&v, p, size_t(n) * sizeof(T));
+  return v;
+}
+template <class T>
+inline void store_first(T* p, Vec<T> v, int64_t n) {
+  std::memcpy(p, &v, size_t(n) * sizeof(T));
+}
+// Lanes of a row whose remaining length is n (may exceed kLanes).
+template <class T>
+RNN_EXT_INLINE Vec<T> load_upto(const T* p, int64_t n) {
+  return n >= kLanes<T> ? load(p) : load_first(p, n);
+}
+template <class T>
+RNN_EXT_INLINE void store_upto(T* p, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>)
+    store(p, v);
+  else
+    store_first(p, v, n);
+}
+template <class T>
+RNN_EXT_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // not {} + x, which would turn -0.0 into 0.0
+}
+
+// Both halves of a step of a lane transposition: in every group of kGroup lanes, the low (high)
+// half of a's group followed by the low (high) half of b's.
+template <class T, int kGroup, int kOffset, size_t... kLane>
+RNN_EXT_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<kLane...>) {
+  constexpr int kHalf = kGroup / 2;
+  return __builtin_shufflevector(
+      a, b,
+      (int(kLane) % kGroup < kHalf ? int(kLane) + kOffset
+                                   : int(kLane) - kHalf + kOffset + kLanes<T>)...);
+}
+
+// rows[i][j] <-> rows[j][i] for a square of vectors.
+template <class T, int kGroup = kLanes<T>>
+RNN_EXT_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (kGroup >= 2) {
+    constexpr int kHalf = kGroup / 2;
+    constexpr auto kAll = std::make_index_sequence<size_t(kLanes<T>)>();
+#pragma GCC unroll 16
+    for (int base = 0; base < kLanes<T>; base += kGroup) {
+#pragma GCC unroll 16
+      for (int i = base; i < base + kHalf; ++i) {
+        const Vec<T> a = rows[i], b = rows[i + kHalf];
+        rows[i] = interleave<T, kGroup, 0>(a, b, kAll);
+        rows[i + kHalf] = interleave<T, kGroup, kHalf>(a, b, kAll);
+      }
+    }
+    transpose<T, kHalf>(rows);
+  }
+}
+
+// Lane i of the result is the sum over the lanes of rows[i].
+template <class T, int kGroup = kLanes<T>>
+RNN_EXT_INLINE Vec<T> sum_each(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (kGroup >= 2) {
+    constexpr int kHalf = kGroup / 2;
+    constexpr auto kAll = std::make_index_sequence<size_t(kLanes<T>)>();
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      const Vec<T> a = rows[i], b = rows[i + kHalf];
+      rows[i] = interleave<T, kGroup, 0>(a, b, kAll) + interleave<T, kGroup, kHalf>(a, b, kAll);
+    }
+    return sum_each<T, kHalf>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
+}  // namespace rnn_ext::RNN_EXT_ISA

@@ -1,0 +1,131 @@
+// The plain structs that describe one layer of one call: the only language the torch layer and the
+// engines share. No torch, no STL containers: a kernel unit compiled for one instruction set may
+// include this header.
+//
+// Letters used in shapes, here and everywhere: T steps, B batch rows, N rows over all steps
+// (T*B, or the sum of batch_sizes for packed data), I input size, H hidden size, R width of the
+// recurrent state h (the projection size where there is one, else H), G gates of the cell,
+// D directions (1 or 2). Strides count elements, not bytes; the last dimension has stride 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Forced inline: these are called from units compiled for different instruction sets, and the
+// linker must not be given one unit's copy to use for all.
+#define RNN_EXT_SHARED_INLINE inline __attribute__((always_inline))
+
+namespace rnn_ext {
+
+enum class CellKind : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3 };
+inline constexpr int kNumCellKinds = 4;
+
+// Narrower type to which every h is rounded before it is fed back. The arithmetic is the struct's
+// own type (f32) throughout; this is what makes a bf16 or f16 model exact in its semantics.
+enum class Rounding : int { kNone = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+inline constexpr int kMaxDirections = 2;
+
+// Arrays owned by the engine pad their innermost dimension to this many elements, for every
+// instruction set alike: a reserve written under one is readable under another.
+inline constexpr int64_t kPad = 16;
+RNN_EXT_SHARED_INLINE constexpr int64_t padded(int64_t n) {
+  return (n + kPad - 1) / kPad * kPad;
+}
+
+struct SequenceShape {
+  CellKind cell = CellKind::kLstm;
+  int64_t steps = 0;        // T
+  int64_t batch = 0;        // B (of the widest step)
+  int64_t input_size = 0;   // I
+  int64_t hidden_size = 0;  // H
+  int64_t proj_size = 0;    // P, 0 without projection
+  int directions = 1;       // D
+  // Packed data: rows active at each step (T, non-increasing, >= 1) and the first row of each
+  // step (T + 1). Both null for padded data.
+  const int64_t* batch_sizes = nullptr;
+  const int64_t* offsets = nullptr;
+
+  RNN_EXT_SHARED_INLINE int64_t state_size() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
+  RNN_EXT_SHARED_INLINE int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+  // Row of (step t, batch row 0) when all rows are counted in time order.
+  RNN_EXT_SHARED_INLINE int64_t first_row(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  RNN_EXT_SHARED_INLINE int64_t rows() const { return first_row(steps); }  // N
+};
+
+RNN_EXT_SHARED_INLINE constexpr int num_gates(CellKind cell) {
+  return cell == CellKind::kLstm ? 4 : cell == CellKind::kGru ? 3 : 1;
+}
+
+// Values kept per hidden unit, row and direction between forward and backward.
+RNN_EXT_SHARED_INLINE constexpr int num_saved(CellKind cell) {
+  return cell == CellKind::kLstm ? 5 : cell == CellKind::kGru ? 4 : 0;
+}
+
+// A (T, B, width) view: padded data address a row by (t, b), packed data by its row number.
+template <class T>
+struct StepRows {
+  T* data = nullptr;
+  int64_t step_stride = 0;  // unused for packed data
+  int64_t row_stride = 0;
+
+  RNN_EXT_SHARED_INLINE T* at(const SequenceShape& shape, int64_t t, int64_t b) const {
+    return shape.offsets ? data + (shape.offsets[t] + b) * row_stride
+                         : data + t * step_stride + b * row_stride;
+  }
+};
+
+template <class T>
+struct DirectionWeights {
+  const T* w_ih = nullptr;  // (G*H, I)
+  const T* w_hh = nullptr;  // (G*H, R)
+  const T* b_ih = nullptr;  // (G*H), null without bias
+  const T* b_hh = nullptr;  // (G*H), null without bias
+  const T* w_hr = nullptr;  // (P, H), null without projection
+  int64_t ld_ih = 0, ld_hh = 0, ld_hr = 0;
+};
+
+template <class T>
+struct ForwardCall {
+  SequenceShape shape;
+  Rounding rounding = Rounding::kNone;
+  bool linear_activations = false;  // tests only: see cpu/activations.h
+  DirectionWeights<T> weights[kMaxDirections];
+  StepRows<const T> x;                           // (T, B, I)
+  StepRows<T> y;                                 // (T, B, D*R), direction d in columns d*R..
+  const T* h_0[kMaxDirections] = {};             // (B, R) contiguous, null means zeros
+  const T* c_0[kMaxDirections] = {};             // (B, H) likewise
+  T* h_n[kMaxDirections] = {};                   // (B, R) contiguous
+  T* c_n[kMaxDirections] = {};                   // (B, H)
+  T* reserve[kMaxDirections] = {};               // (N, num_saved, padded(H)), null in inference
+};
+
+template <class T>
+struct DirectionGradients {
+  // Contiguous, written not accumulated; null where the gradient is not asked for.
+  T* w_ih = nullptr;  // (G*H, I)
+  T* w_hh = nullptr;  // (G*H, R)
+  T* b_ih = nullptr;  // (G*H)
+  T* b_hh = nullptr;  // (G*H)
+  T* w_hr = nullptr;  // (P, H)
+  T* h_0 = nullptr;   // (B, R)
+  T* c_0 = nullptr;   // (B, H)
+};
+
+template <class T>
+struct BackwardCall {
+  SequenceShape shape;
+  bool linear_activations = false;
+  DirectionWeights<T> weights[kMaxDirections];
+  StepRows<const T> x;                      // (T, B, I)
+  StepRows<const T> y;                      // (T, B, D*R), as forward wrote it
+  StepRows<const T> dy;                     // (T, B, D*R), null data means zeros
+  StepRows<T> dx;                           // (T, B, I), null data: not asked for
+  const T* h_0[kMaxDirections] = {};        // (B, R), null means zeros
+  const T* dh_n[kMaxDirections] = {};       // (B, R), null means zeros
+  const T* dc_n[kMaxDirections] = {};       // (B, H), null means zeros
+  const T* reserve[kMaxDirections] = {};    // (N, num_saved, padded(H)), read only
+  DirectionGradients<T> gradients[kMaxDirections];
+};
+
+}  // namespace rnn_ext

@@ -1,0 +1,101 @@
+// Shared by the files of the torch layer: how a call is described, checked and passed on.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/engine.h"
+
+namespace rnn_ext {
+
+// The operator's non-tensor arguments, in schema order.
+struct Options {
+  CellKind cell;
+  bool has_biases;
+  int64_t num_layers;
+  bool bidirectional;
+  bool batch_first;
+  double dropout;
+  bool training;
+
+  int directions() const { return bidirectional ? 2 : 1; }
+  bool is_lstm() const { return cell == CellKind::kLstm; }
+  // Is anything dropped between the layers of this call?
+  bool drops() const { return training && dropout > 0 && num_layers > 1; }
+};
+
+struct Inputs {
+  at::Tensor input;                        // (T, B, I), (B, T, I) or packed (N, I)
+  std::optional<at::Tensor> batch_sizes;   // (T) int64 on the CPU, packed data only
+  std::optional<at::Tensor> h_0, c_0;      // (L*D, B, R), (L*D, B, H); none means zeros
+  at::TensorList params;                   // torch.nn.RNNBase._flat_weights
+};
+
+// One layer's parameters of one direction, as positions in Inputs::params; -1 where there is none.
+struct ParamIndex {
+  int64_t w_ih, w_hh, b_ih = -1, b_hh = -1, w_hr = -1;
+};
+
+// A checked call: sizes, and where everything stands.
+class Problem {
+ public:
+  // Raises what torch.nn raises, with the wording it uses where it has one.
+  Problem(const Inputs& inputs, const Options& options);
+
+  Options options;
+  SequenceShape shape;  // of layer 0; batch_sizes and offsets point into this object
+  bool packed;
+
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+
+  ParamIndex param(int64_t layer, int direction) const;
+  SequenceShape layer_shape(int64_t layer) const;
+  int64_t output_width() const { return shape.directions * shape.state_size(); }  // D*R
+  std::vector<int64_t> output_sizes() const;
+
+  // The reserve is one flat array: per layer and direction what the cell saves, then the outputs of
+  // all layers but the last, then the dropout masks that were multiplied into them.
+  int64_t reserve_size() const;
+  int64_t saved_offset(int64_t layer, int direction) const;
+  int64_t inner_output_offset(int64_t layer) const;
+  int64_t mask_offset(int64_t layer) const;
+  int64_t inner_size() const { return shape.rows() * output_width(); }
+
+ private:
+  void check_params(const Inputs& inputs);
+  void check_input(const Inputs& inputs);
+  void check_states(const Inputs& inputs) const;
+
+  int64_t params_per_direction_;
+  at::Tensor batch_sizes_;
+  std::vector<int64_t> offsets_;
+};
+
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// The registered operators, through the dispatcher.
+ForwardResult call_recurrent(const Inputs& inputs, const Options& options, bool save_reserve);
+std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>& grads,
+                                                const Inputs& inputs, const at::Tensor& output,
+                                                const at::Tensor& reserve, const Options& options,
+                                                const std::array<bool, 3>& state_mask,
+                                                const std::vector<bool>& param_mask);
+
+// The same call written in differentiable ATen operations, step by step: what double backward and
+// forward-mode differentiation are made of. `masks` are the dropout masks, one per layer but the
+// last, empty where nothing is dropped. Returns output, h_n, c_n.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_forward(
+    const Inputs& inputs, const Options& options, const std::vector<at::Tensor>& masks);
+std::vector<at::Tensor> dropout_masks(const Problem& problem, const at::Tensor& reserve);
+at::Tensor draw_dropout_mask(const at::Tensor& like, double dropout);
+
+// Tests only: see VectorMath in cpu/activations.h.
+bool linear_activations();
+void set_linear_activations(bool linear);
+
+}  // namespace rnn_ext

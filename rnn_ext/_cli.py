@@ -1,0 +1,255 @@
+"""The commands of `python -m rnn_ext`: info, check and bench."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import rnn_ext
+from rnn_ext._bench import Case, Timing, build_pair, compare, interleave
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    code: int = arguments.run(arguments)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rnn_ext",
+        description="Drop-in RNN, LSTM and GRU for PyTorch: what is installed, is it right, is it faster?",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--threads", type=positive, metavar="N", help="threads to use (default: torch's own setting)"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,bench}")
+
+    info = commands.add_parser(
+        "info", parents=[common], help="how this copy was built and what this machine offers"
+    )
+    info.set_defaults(run=run_info)
+
+    check = commands.add_parser(
+        "check",
+        parents=[common],
+        help="compare with torch.nn on this machine; exit code 1 if anything differs (10 seconds)",
+        description="Outputs, final states and every gradient, compared with torch.nn in float64. The error "
+        "may be at most twice torch.nn's own at the same dtype, plus one rounding.",
+    )
+    check.set_defaults(run=run_check)
+
+    bench = commands.add_parser(
+        "bench",
+        parents=[common],
+        help="is it faster than torch.nn for my shape?",
+        description="Checks the results, then times torch.nn and rnn_ext in turn in this process.",
+        epilog="example: python -m rnn_ext bench --cell gru --batch 16 --steps 50 --input 128 --hidden 128 "
+        "--training",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument("--cell", choices=["rnn", "lstm", "gru"], default="lstm", help="kind of layer")
+    bench.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences in a batch")
+    bench.add_argument(
+        "--steps", type=positive, default=100, metavar="T", help="time steps; 1 times a streaming step"
+    )
+    bench.add_argument("--input", type=positive, default=256, metavar="I", help="input_size")
+    bench.add_argument("--hidden", type=positive, default=256, metavar="H", help="hidden_size")
+    bench.add_argument("--layers", type=positive, default=1, metavar="L", help="num_layers")
+    bench.add_argument("--proj", type=positive, metavar="P", help="proj_size (lstm only)")
+    bench.add_argument("--nonlinearity", choices=["tanh", "relu"], default="tanh", help="rnn only")
+    bench.add_argument("--bidirectional", action="store_true", help="both directions")
+    bench.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of weights and input")
+    bench.add_argument("--training", action="store_true", help="time forward and backward")
+    bench.add_argument("--rounds", type=at_least_two, default=9, help="samples a side; the median is shown")
+    bench.add_argument(
+        "--explain", action="store_true", help="also print how the engine runs each layer, and why"
+    )
+    bench.set_defaults(run=run_bench, parser=bench)
+    return parser
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def at_least_two(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, not {value}")
+    return value
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Print what was built, and what this machine can run."""
+    build = rnn_ext._C.build_info()
+    cpu = rnn_ext._C.cpu_info()
+    lines = {
+        "rnn_ext": build["version"],
+        "torch": f"{torch.__version__} (built for {build['torch_version']})",
+        "compiler": build["compiler"],
+        "instruction sets built": ", ".join(build["isas"]),
+        "instruction sets here": ", ".join(cpu["available"]),
+        "instruction set in use": f"{cpu['isa']} (force another with RNN_EXT_CPU_ISA)",
+        "threads": f"{cpu['num_threads']} (torch.set_num_threads)",
+        "OpenMP": "yes" if build["openmp"] else "no",
+        "location": rnn_ext.__path__[0],
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def check_cases(cell: str, nonlinearity: str, proj_size: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Small, odd and large enough for each way the engine has of running a layer."""
+    variants = [
+        {"batch": 3, "steps": 11, "given_state": True},
+        {"batch": 17, "steps": 20, "input_size": 33, "hidden_size": 70},
+        {"batch": 4, "steps": 9, "num_layers": 2, "bidirectional": True, "given_state": True},
+        {"batch": 5, "steps": 12, "bidirectional": True, "packed": True},
+    ]
+    for mode, variant in itertools.product(("inference", "training"), variants):
+        sizes = {"input_size": 7, "hidden_size": 19, **variant}
+        yield Case(
+            cell, mode=mode, nonlinearity=nonlinearity, proj_size=proj_size, dtype=dtype, **sizes
+        )
+    yield Case(
+        cell, 1, 1, 7, 19, "streaming", given_state=True, nonlinearity=nonlinearity, proj_size=proj_size,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Compare every kind of call with torch.nn. Exit code 1 if anything is further off than allowed."""
+    print(f"rnn_ext ({rnn_ext._C.cpu_info()['isa']}) against torch.nn {torch.__version__}")
+    layers = [
+        ("RNN tanh", "RNN", "tanh", 0),
+        ("RNN relu", "RNN", "relu", 0),
+        ("LSTM", "LSTM", "tanh", 0),
+        ("LSTM proj", "LSTM", "tanh", 5),
+        ("GRU", "GRU", "tanh", 0),
+    ]
+    failures = 0
+    for (title, cell, nonlinearity, proj_size), (dtype_name, dtype) in itertools.product(
+        layers, DTYPES.items()
+    ):
+        worst = 0.0
+        cases = list(check_cases(cell, nonlinearity, proj_size, dtype))
+        wrong = []
+        for case in cases:
+            pair = build_pair(case, rnn_ext)
+            for deviation in compare(case, pair["rnn_ext"], pair["torch.nn"]):
+                if deviation.within:
+                    worst = max(worst, deviation.error / deviation.bound)
+                else:
+                    wrong.append(f"{case.label}: {deviation}")
+        verdict = "WRONG" if wrong else "ok"
+        print(f"{title:<10} {dtype_name:<9} {len(cases)} calls  {verdict:<5}  largest error {worst:4.0%} of allowed")
+        for line in wrong:
+            print(f"    {line}")
+        failures += len(wrong)
+    print("all results agree with torch.nn" if failures == 0 else f"{failures} results differ from torch.nn")
+    return 1 if failures else 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Check and time one shape."""
+    if arguments.proj is not None and arguments.cell != "lstm":
+        arguments.parser.error("--proj needs --cell lstm")
+    if arguments.proj is not None and arguments.proj >= arguments.hidden:
+        arguments.parser.error("--proj must be smaller than --hidden")
+    if arguments.nonlinearity != "tanh" and arguments.cell != "rnn":
+        arguments.parser.error("--nonlinearity needs --cell rnn")
+    streaming = arguments.steps == 1 and not arguments.training
+    case = Case(
+        cell=arguments.cell.upper(),
+        batch=arguments.batch,
+        steps=arguments.steps,
+        input_size=arguments.input,
+        hidden_size=arguments.hidden,
+        mode="training" if arguments.training else "streaming" if streaming else "inference",
+        num_layers=arguments.layers,
+        bidirectional=arguments.bidirectional,
+        proj_size=arguments.proj or 0,
+        nonlinearity=arguments.nonlinearity,
+        dtype=DTYPES[arguments.dtype],
+        given_state=streaming,
+    )
+    isa = rnn_ext._C.cpu_info()["isa"]
+    print(f"{case.label}, {torch.get_num_threads()} threads, {isa}")
+    if arguments.explain:
+        explain(case)
+
+    pair = build_pair(case, rnn_ext)
+    deviations = compare(case, pair["rnn_ext"], pair["torch.nn"])
+    wrong = [deviation for deviation in deviations if not deviation.within]
+    if wrong:
+        for deviation in wrong:
+            print(f"  WRONG {deviation}")
+        print("results differ from torch.nn: not timed")
+        return 1
+    print(f"results agree with torch.nn ({len(deviations)} tensors)")
+
+    with case.context():
+        timings = interleave(pair, rounds=arguments.rounds)
+    for name, timing in timings.items():
+        print(
+            f"{name:<9}{format_seconds(timing.median):>10}  (spread {timing.spread:.0%}, "
+            f"{case.flops / timing.median / 1e9:.1f} GFLOP/s)"
+        )
+    print(f"rnn_ext is {describe_ratio(timings['torch.nn'], timings['rnn_ext'])} for this shape")
+    return 0
+
+
+def explain(case: Case) -> None:
+    """Print the engine's plan of each layer. Layers after the first share one: their input is alike."""
+    name = f"rnn_{case.nonlinearity}" if case.cell == "RNN" else case.cell.lower()
+    inputs = {"layer 0": case.input_size}
+    if case.num_layers > 1:
+        title = "layer 1" if case.num_layers == 2 else f"layers 1 to {case.num_layers - 1}"
+        inputs[title] = case.state_size * case.directions
+    for title, input_size in inputs.items():
+        plan = rnn_ext._C.plan(
+            name,
+            case.steps,
+            case.batch,
+            input_size,
+            case.hidden_size,
+            proj_size=case.proj_size,
+            directions=case.directions,
+            dtype=str(case.dtype).removeprefix("torch."),
+            training=case.training,
+        )
+        print(f"{title}:")
+        for key, value in plan.items():
+            print(f"  {key:<15} {value}")
+
+
+def describe_ratio(theirs: Timing, ours: Timing) -> str:
+    ratio = theirs.median / ours.median
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+
+
+def format_seconds(seconds: float) -> str:
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= scale:
+            return f"{seconds / scale:.2f} {unit}"
+    return f"{seconds / 1e-6:.2f} µs"

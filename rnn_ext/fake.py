@@ -1,0 +1,85 @@
+"""Shapes of the operators' results without running them: for torch.compile, export and meta tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnn_ext.functional import GRU, LSTM
+
+_PAD = 16  # kPad of csrc/sequence.h
+_SAVED = {LSTM: 5, GRU: 4}  # num_saved of csrc/sequence.h
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@torch.library.register_fake("rnn_ext::recurrent")
+def _recurrent(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    params: list[Tensor],
+    cell: int,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    save_reserve: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    directions = 2 if bidirectional else 1
+    gates = {LSTM: 4, GRU: 3}.get(cell, 1)
+    hidden = params[0].shape[0] // gates
+    state = params[1].shape[1]
+    if batch_sizes is None:
+        rows = input.shape[0] * input.shape[1]
+        batch = input.shape[0] if batch_first else input.shape[1]
+    else:
+        rows = input.shape[0]
+        # The widest step: data of batch_sizes, known from h_0 where there is one.
+        batch = h_0.shape[1] if h_0 is not None else torch.library.get_ctx().new_dynamic_size()
+    width = directions * state
+    slots = num_layers * directions
+    wide = _compute_dtype(input.dtype)
+    output = input.new_empty((*input.shape[:-1], width))
+    h_n = input.new_empty((slots, batch, state))
+    c_n = input.new_empty((slots, batch, hidden) if cell == LSTM else (0,))
+    size = 0
+    if save_reserve:
+        padded = (hidden + _PAD - 1) // _PAD * _PAD
+        size = slots * rows * _SAVED.get(cell, 0) * padded
+        inner = (num_layers - 1) * rows * width
+        size += inner * (2 if training and dropout > 0 else 1)
+    return output, h_n, c_n, input.new_empty((size,), dtype=wide)
+
+
+@torch.library.register_fake("rnn_ext::recurrent_backward")
+def _recurrent_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    params: list[Tensor],
+    output: Tensor,
+    reserve: Tensor,
+    cell: int,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    like = [input, h_0, c_0, *params]
+    return [
+        input.new_empty(t.shape if asked and t is not None else (0,))
+        for t, asked in zip(like, output_mask, strict=True)
+    ]

@@ -1,0 +1,227 @@
+"""Drop-in modules: same constructor, forward, state_dict and errors as the torch.nn class of the name.
+
+They subclass torch.nn's, so ``isinstance(m, torch.nn.LSTM)`` holds, and only ``forward`` is theirs.
+What a call outside the kernels needs (a device other than the CPU, a tensor subclass) goes to
+torch.nn's own forward.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnn_ext import functional as F
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+_MODES = {"RNN_TANH": F.RNN_TANH, "RNN_RELU": F.RNN_RELU, "LSTM": F.LSTM, "GRU": F.GRU}
+_NONLINEARITIES = {"tanh": F.RNN_TANH, "relu": F.RNN_RELU}
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_PLAIN_TYPES = {Tensor, nn.Parameter}
+
+
+def _is_covered(tensor: Tensor) -> bool:
+    """Whether the kernels take this tensor: a plain one on the CPU, or a stand-in for one."""
+    if type(tensor) in _PLAIN_TYPES:
+        return tensor.is_cpu or tensor.is_meta
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, (FakeTensor, FunctionalTensor, nn.Buffer))
+
+
+class _Recurrent(nn.RNNBase):
+    """The forward that RNN, LSTM and GRU share."""
+
+    def _weights(self) -> list[Tensor]:
+        """The weights as they are now, in the order of ``_flat_weights``.
+
+        Not ``self._flat_weights``: that list goes stale when a weight is a computed attribute (a
+        parametrization, weight_norm, pruning).
+        """
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:
+            return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _torch_forward(self, input, hx):
+        self._update_flat_weights()
+        self._flat_weights = self._weights()
+        return super().forward(input, hx)
+
+    def forward(self, input, hx=None):
+        """As the torch.nn class of the same name; shapes and errors are its own.
+
+        Args:
+            input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a
+                ``PackedSequence``.
+            hx: h_0, for the LSTM a pair (h_0, c_0); zeros if missing.
+
+        Returns:
+            output and the final state in the layout of ``hx``.
+
+        Raises:
+            ValueError: input of wrong rank or of another dtype than the weights.
+            RuntimeError: sizes or devices that do not fit.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        weights = self._weights()
+        if not (type(input) is Tensor and input.is_cpu) and not _is_covered(input):
+            return self._torch_forward(input, hx)
+        if type(weights[0]) is not nn.Parameter and not _is_covered(weights[0]):
+            return self._torch_forward(input, hx)
+        dim = input.dim()
+        if dim != 3:
+            if dim != 2:
+                raise ValueError(
+                    f"{self._get_name()}: Expected input to be 2D or 3D, got {dim}D instead"
+                )
+            return self._forward_unbatched(input, hx)
+        h_0, c_0 = self._states(hx, 3)
+        output, h_n, c_n, _ = F.recurrent(
+            input, None, h_0, c_0, weights, _MODES[self.mode],
+            self.bias, self.num_layers, self.bidirectional, self.batch_first,
+            self.dropout, self.training,
+        )  # fmt: skip
+        return output, ((h_n, c_n) if self.mode == "LSTM" else h_n)
+
+    def _states(self, hx, dim: int) -> tuple[Tensor | None, Tensor | None]:
+        if hx is None:
+            return None, None
+        if self.mode == "LSTM":
+            h_0, c_0 = hx
+            if h_0.dim() == dim and c_0.dim() == dim:
+                return h_0, c_0
+            got = f"({h_0.dim()}-D, {c_0.dim()}-D) tensors"
+            names = "hx and cx"
+        else:
+            if hx.dim() == dim:
+                return hx, None
+            got = f"{hx.dim()}-D tensor"
+            names = "hx"
+        batched = "batched" if dim == 3 else "unbatched"
+        raise RuntimeError(
+            f"For {batched} {dim}-D input, {names} should also be {dim}-D but got {got}"
+        )
+
+    def _forward_unbatched(self, input, hx):
+        h_0, c_0 = self._states(hx, 2)
+        if h_0 is not None:
+            hx = (h_0.unsqueeze(1), c_0.unsqueeze(1)) if c_0 is not None else h_0.unsqueeze(1)
+        dim = 0 if self.batch_first else 1
+        output, state = _Recurrent.forward(self, input.unsqueeze(dim), hx)
+        if self.mode == "LSTM":
+            return output.squeeze(dim), (state[0].squeeze(1), state[1].squeeze(1))
+        return output.squeeze(dim), state.squeeze(1)
+
+    def _forward_packed(self, packed, hx):
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        weights = self._weights()
+        if not _is_covered(data) or not _is_covered(weights[0]):
+            return self._torch_forward(packed, hx)
+        h_0 = c_0 = None
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+            h_0, c_0 = hx if self.mode == "LSTM" else (hx, None)
+        output, h_n, c_n, _ = F.recurrent(
+            data, batch_sizes, h_0, c_0, weights, _MODES[self.mode],
+            self.bias, self.num_layers, self.bidirectional, False, self.dropout, self.training,
+        )  # fmt: skip
+        state = self.permute_hidden((h_n, c_n) if self.mode == "LSTM" else h_n, unsorted_indices)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), state
+
+
+class RNN(_Recurrent, nn.RNN):
+    __doc__ = nn.RNN.__doc__
+
+
+class LSTM(_Recurrent, nn.LSTM):
+    __doc__ = nn.LSTM.__doc__
+
+
+class GRU(_Recurrent, nn.GRU):
+    __doc__ = nn.GRU.__doc__
+
+
+class _Cell(nn.RNNCellBase):
+    """One step, which is a sequence of length one."""
+
+    def _weights(self) -> list[Tensor]:
+        names = _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2]
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in names]
+        except KeyError:  # a computed attribute: parametrization, pruning
+            return [getattr(self, name) for name in names]
+
+    def _check_rank(self, what: str, tensor: Tensor) -> None:
+        dim = tensor.dim()
+        if dim != 1 and dim != 2:
+            raise ValueError(
+                f"{self._get_name()}: Expected {what} to be 1D or 2D, got {dim}D instead"
+            )
+
+    def _step(
+        self, kind: int, input: Tensor, h_0: Tensor | None, c_0: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(h_1, c_1) of one step; c_1 is empty unless LSTM."""
+        if input.dim() == 1:
+            h_0 = None if h_0 is None else h_0[None]
+            c_0 = None if c_0 is None else c_0[None]
+            h_1, c_1 = self._step(kind, input[None], h_0, c_0)
+            return h_1[0], (c_1[0] if kind == F.LSTM else c_1)
+        _, h_1, c_1, _ = F.recurrent(
+            input[None], None,
+            None if h_0 is None else h_0[None], None if c_0 is None else c_0[None],
+            self._weights(), kind, self.bias, 1, False, False, 0.0, False,
+        )  # fmt: skip
+        return h_1[0], (c_1[0] if kind == F.LSTM else c_1)
+
+    def _is_covered(self, input: Tensor) -> bool:
+        return _is_covered(input) and _is_covered(self._weights()[0])
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    __doc__ = nn.RNNCell.__doc__
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        self._check_rank("input", input)
+        if hx is not None:
+            self._check_rank("hidden", hx)
+        kind = _NONLINEARITIES.get(self.nonlinearity)
+        if kind is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        if not self._is_covered(input):
+            return super().forward(input, hx)
+        return self._step(kind, input, hx)[0]
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    __doc__ = nn.LSTMCell.__doc__
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._check_rank("input", input)
+        h_0 = c_0 = None
+        if hx is not None:
+            h_0, c_0 = hx
+            self._check_rank("hx[0]", h_0)
+            self._check_rank("hx[1]", c_0)
+        if not self._is_covered(input):
+            return super().forward(input, hx)
+        return self._step(F.LSTM, input, h_0, c_0)
+
+
+class GRUCell(_Cell, nn.GRUCell):
+    __doc__ = nn.GRUCell.__doc__
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        self._check_rank("input", input)
+        if hx is not None:
+            self._check_rank("hidden", hx)
+        if not self._is_covered(input):
+            return super().forward(input, hx)
+        return self._step(F.GRU, input, hx)[0]

@@ -1,0 +1,384 @@
+"""How this test-suite makes a module, calls it, and decides whether its results are right.
+
+Every result is compared with torch.nn through `assert_matches_torch`; nothing else in the tests of
+the modules holds a tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnn_ext
+
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+CLASS_NAMES = ("RNN", "LSTM", "GRU")
+CELL_CLASS_NAMES = ("RNNCell", "LSTMCell", "GRUCell")
+ALL_CLASS_NAMES = CLASS_NAMES + CELL_CLASS_NAMES
+
+# --------------------------------------------------------------------------------- error policy
+# An implementation in a given dtype is judged by its distance from the exact result, which is
+# torch.nn run in float64 on the same numbers (those of the dtype, so converting them is exact).
+# Its largest error may be at most
+#
+#     2 x (largest error of torch.nn in the same dtype)  +  ROUNDINGS x (sensitivity)
+#
+# The second term is the floor for when torch is luckily exact, as it often is in a tensor of one
+# or two numbers. The sensitivity of a result is how much the exact result changes when every number
+# of the data is rounded once: the largest change over DRAWS random relative changes of at most
+# half an ulp, and never less than half an ulp of the result's magnitude. For well-conditioned
+# results the floor is thus ROUNDINGS / 2 ulp of the result; where terms cancel it follows what
+# rounding does to any implementation. The factor comes from an honest other implementation (torch
+# operators step by step, sums in reversed order): in 16,000 results of random shapes, f32, f16
+# and bf16, it needed more than 2 sensitivities once in 1,000, and never more than 4.4.
+TORCH_ERRORS = 2
+ROUNDINGS = 8
+DRAWS = 3
+# In float64 there is nothing more exact to compare with: both are some roundings (2e-16 each) away
+# from the truth, amplified by cancellation and by the length of the sequence.
+FLOAT64_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: the tensors it starts from, and how they become its arguments.
+
+    Gradients are taken with respect to the leaves, so an argument may be any view of a leaf.
+    """
+
+    leaves: dict[str, Tensor]
+    arrange: Callable[[dict[str, Tensor]], tuple] = lambda leaves: tuple(leaves.values())
+    backward: bool = True
+    seed: int = 0  # of the cotangents
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.leaves.values())).dtype
+
+
+def flatten(results: object) -> list[Tensor]:
+    """The tensors in what a module returned, in order."""
+    if isinstance(results, Tensor):
+        return [results]
+    if isinstance(results, PackedSequence):
+        return [results.data]
+    assert isinstance(results, tuple), type(results)
+    return [tensor for part in results for tensor in flatten(part)]
+
+
+def evaluate(
+    module: nn.Module, call: Call, prepare: Callable[[Tensor], Tensor] = Tensor.detach
+) -> dict[str, Tensor]:
+    """Call the module, go backward if the call says so; return results and gradients by name.
+
+    `prepare` is applied to every leaf and cotangent; the weights are used as they are.
+    """
+    leaves = {
+        name: prepare(leaf).clone().requires_grad_(call.backward)
+        for name, leaf in call.leaves.items()
+    }
+    results = flatten(module(*call.arrange(leaves)))
+    names = ("output", "h_n", "c_n") if isinstance(module, nn.RNNBase) else ("h_n", "c_n")
+    named = {name: result.detach() for name, result in zip(names, results, strict=False)}
+    if call.backward:
+        generator = torch.Generator().manual_seed(call.seed)
+        cotangents = [
+            prepare(torch.randn(r.shape, generator=generator, dtype=torch.float64).to(call.dtype))
+            for r in results
+        ]
+        wanted = leaves | dict(module.named_parameters())
+        gradients = torch.autograd.grad(
+            results, list(wanted.values()), cotangents, allow_unused=True, materialize_grads=True
+        )
+        named |= {f"d_{n}": g for n, g in zip(wanted, gradients, strict=True)}
+    return named
+
+
+def evaluate_exactly(
+    module: nn.Module, call: Call, rounding_seed: int | None = None
+) -> dict[str, Tensor]:
+    """What `evaluate` gives in float64; with a seed, after rounding all data once at random."""
+    eps = torch.finfo(call.dtype).eps
+    generator = torch.Generator()
+
+    def prepare(tensor: Tensor) -> Tensor:
+        exact = tensor.detach().double()
+        if rounding_seed is None:
+            return exact
+        noise = torch.rand(exact.shape, generator=generator, dtype=torch.float64) - 0.5
+        return exact * (1 + eps * noise)
+
+    if rounding_seed is not None:
+        generator.manual_seed(rounding_seed)
+    module = copy.deepcopy(module).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(prepare(parameter))
+    return evaluate(module, call, prepare)
+
+
+def assert_matches_torch(ours: nn.Module, call: Call, theirs: nn.Module | None = None) -> None:
+    """Assert that a module of rnn_ext gives what torch.nn gives, by the error policy above.
+
+    Args:
+        theirs: the module of torch.nn with the same weights; made from `ours` if not given.
+    """
+    theirs = torch_twin(ours) if theirs is None else theirs
+    assert_results_match(evaluate(ours, call), theirs, call)
+
+
+def assert_results_match(ours: dict[str, Tensor], theirs: nn.Module, call: Call) -> None:
+    """Assert that results equal those that a module of torch.nn gives, by the error policy."""
+    expected = evaluate(theirs, call)
+    assert list(ours) == list(expected)
+    for name, result in ours.items():
+        assert result.shape == expected[name].shape, f"shape of {name}"
+        assert result.dtype == expected[name].dtype, f"dtype of {name}"
+    if call.dtype == torch.float64:
+        for name, truth in expected.items():
+            bound = FLOAT64_TOLERANCE * magnitude(truth)
+            assert_within(ours[name], truth, bound, f"{name} ({bound:.1e} allowed)")
+        return
+    exact = evaluate_exactly(theirs, call)
+    rounded = [evaluate_exactly(theirs, call, rounding_seed=seed) for seed in range(DRAWS)]
+    for name, truth in exact.items():
+        half_ulp = torch.finfo(call.dtype).eps / 2
+        sensitivity = max(
+            half_ulp * magnitude(truth), *(magnitude(draw[name] - truth) for draw in rounded)
+        )
+        error = magnitude(expected[name].double() - truth)
+        bound = TORCH_ERRORS * error + ROUNDINGS * sensitivity
+        assert_within(
+            ours[name].double(),
+            truth,
+            bound,
+            f"{name} ({bound:.1e} allowed: torch's error is {error:.1e}, "
+            f"one rounding of the data changes it by {sensitivity:.1e})",
+        )
+
+
+def magnitude(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def assert_within(actual: Tensor, truth: Tensor, bound: float, what: str) -> None:
+    error = magnitude(actual - truth)
+    assert error <= bound, f"error {error:.1e} in {what}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with `count` threads; the suite runs with one otherwise (see conftest.py)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------ making modules
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides one drawn call, small enough to be printed when it fails."""
+
+    cell: str = "lstm"
+    input_size: int = 5
+    hidden_size: int = 7
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    bidirectional: bool = False
+    proj_size: int = 0
+    steps: int = 6
+    batch: int | None = 4  # None: unbatched
+    lengths: tuple[int, ...] | None = None  # of a packed sequence; steps and batch follow from it
+    given_state: bool = True
+    layout: str = "contiguous"  # of the input and of the states; see LAYOUTS
+    dtype: torch.dtype = torch.float32
+    training: bool = True
+    seed: int = 0
+
+    @property
+    def class_name(self) -> str:
+        return {"lstm": "LSTM", "gru": "GRU"}.get(self.cell, "RNN")
+
+    def options(self) -> dict[str, object]:
+        """The keyword arguments of the module's constructor."""
+        options: dict[str, object] = {
+            "input_size": self.input_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "bias": self.bias,
+            "batch_first": self.batch_first,
+            "bidirectional": self.bidirectional,
+            "dtype": self.dtype,
+        }
+        if self.cell == "lstm":
+            options["proj_size"] = self.proj_size
+        if self.class_name == "RNN":
+            options["nonlinearity"] = self.cell.removeprefix("rnn_")
+        return options
+
+
+def make_module(config: Config, library: ModuleType = rnn_ext) -> nn.RNNBase:
+    """The module of a configuration, with the same weights in both libraries."""
+    torch.manual_seed(config.seed)
+    return getattr(library, config.class_name)(**config.options()).train(config.training)
+
+
+def torch_twin(module: nn.Module) -> nn.Module:
+    """A plain torch.nn module with the weights that `module` would use if it were called now."""
+    kind = next(c for c in type(module).__mro__ if c.__module__ == nn.LSTM.__module__)
+    accepted = {
+        nn.RNN: ("num_layers", "batch_first", "bidirectional", "dropout", "nonlinearity"),
+        nn.LSTM: ("num_layers", "batch_first", "bidirectional", "dropout", "proj_size"),
+        nn.GRU: ("num_layers", "batch_first", "bidirectional", "dropout"),
+        nn.RNNCell: ("nonlinearity",),
+    }
+    options = {name: getattr(module, name) for name in accepted.get(kind, ())}
+    twin = kind(module.input_size, module.hidden_size, bias=module.bias, **options)
+    weights = {name: getattr(module, name).detach() for name in twin.state_dict()}
+    twin.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    return twin.train(module.training)
+
+
+# ------------------------------------------------------------------------------- making calls
+
+# How a tensor of a wanted shape is obtained from a leaf: (shape of the leaf, the view of it). The
+# first dimension is time (or layer), the last one features.
+LAYOUTS: dict[str, tuple[Callable[[torch.Size], Sequence[int]], Callable[[Tensor], Tensor]]] = {
+    "contiguous": (lambda s: s, lambda leaf: leaf),
+    "every_second": (lambda s: (*s[:-1], 2 * s[-1]), lambda leaf: leaf[..., ::2]),
+    "transposed": (lambda s: s[::-1], lambda leaf: leaf.permute(*range(leaf.dim())[::-1])),
+    "slice": (lambda s: (s[0] + 2, *s[1:-1], s[-1] + 3), lambda leaf: leaf[1:-1, ..., 2:-1]),
+    "expanded": (lambda s: (1, *s[1:]), lambda leaf: leaf),  # make_call expands what is left
+}
+
+
+def make_call(config: Config) -> Call:
+    """Random data for a configuration; every number is one of the configuration's dtype."""
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    lengths = config.lengths
+    batch = config.batch if lengths is None else len(lengths)
+    steps = config.steps if lengths is None else max(lengths)
+    rows = config.num_layers * (2 if config.bidirectional else 1)
+    sizes = {"input": config.input_size}
+    if config.given_state:
+        sizes["h_0"] = config.proj_size or config.hidden_size
+        if config.cell == "lstm":
+            sizes["c_0"] = config.hidden_size
+    leaf_shape, view = LAYOUTS[config.layout]
+    shapes = {}
+    for name, size in sizes.items():
+        leading = [rows if name != "input" else steps] + ([] if batch is None else [batch])
+        if name == "input" and config.batch_first and batch is not None:
+            leading.reverse()
+        shapes[name] = torch.Size([*leading, size])
+    leaves = {
+        name: torch.randn(*leaf_shape(s), generator=generator, dtype=torch.float64).to(config.dtype)
+        for name, s in shapes.items()
+    }
+
+    def arrange(leaves: dict[str, Tensor]) -> tuple:
+        views = {name: view(leaf).expand(shapes[name]) for name, leaf in leaves.items()}
+        arguments: list[object] = [views.pop("input")]
+        if lengths is not None:
+            arguments[0] = pack_padded_sequence(
+                arguments[0],
+                torch.tensor(lengths),
+                batch_first=config.batch_first,
+                enforce_sorted=list(lengths) == sorted(lengths, reverse=True),
+            )
+        if views:
+            arguments.append(tuple(views.values()) if config.cell == "lstm" else views["h_0"])
+        return tuple(arguments)
+
+    return Call(leaves, arrange, seed=config.seed + 2)
+
+
+def make_cell_call(
+    class_name: str,
+    input_size: int,
+    hidden_size: int,
+    *,
+    batch: int | None = 3,
+    given_state: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Call:
+    """Random data for RNNCell, LSTMCell or GRUCell; no batch means a single example."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"input": input_size}
+    if given_state:
+        sizes["h_0"] = hidden_size
+        if class_name == "LSTMCell":
+            sizes["c_0"] = hidden_size
+    leading = () if batch is None else (batch,)
+    leaves = {
+        name: torch.randn(*leading, size, generator=generator, dtype=torch.float64).to(dtype)
+        for name, size in sizes.items()
+    }
+
+    def arrange(leaves: dict[str, Tensor]) -> tuple:
+        input, *state = leaves.values()
+        if not state:
+            return (input,)
+        return (input, tuple(state) if class_name == "LSTMCell" else state[0])
+
+    return Call(leaves, arrange, seed=seed + 1)
+
+
+def check(config: Config) -> None:
+    """Assert that the module of rnn_ext equals the one of torch.nn for this configuration."""
+    assert_matches_torch(
+        make_module(config), make_call(config), theirs=make_module(config, library=nn)
+    )
+
+
+@st.composite
+def configs(
+    draw: st.DrawFn, dtype: torch.dtype = torch.float32, packed: bool | None = None
+) -> Config:
+    """Any configuration, most of them small; sizes are around the widths of vectors and tiles."""
+    sizes = st.sampled_from((1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 33, 64, 67))
+    batches = st.sampled_from((1, 2, 3, 4, 5, 7, 8, 9, 16, 19))
+    steps = st.sampled_from((1, 1, 2, 3, 5, 8, 13))
+    cell = draw(st.sampled_from(CELLS))
+    hidden_size = draw(sizes)
+    proj_size = 0
+    if cell == "lstm" and hidden_size > 1:
+        proj_size = draw(st.just(0) | st.integers(1, hidden_size - 1))
+    lengths = None
+    if draw(st.booleans()) if packed is None else packed:
+        lengths = tuple(draw(st.lists(steps, min_size=1, max_size=8)))
+        if draw(st.booleans()):
+            lengths = tuple(sorted(lengths, reverse=True))
+    return Config(
+        cell=cell,
+        input_size=draw(sizes),
+        hidden_size=hidden_size,
+        num_layers=draw(st.integers(1, 3)),
+        bias=draw(st.booleans()),
+        batch_first=draw(st.booleans()),
+        bidirectional=draw(st.booleans()),
+        proj_size=proj_size,
+        steps=draw(steps),
+        batch=draw(batches | st.none()) if lengths is None else None,
+        lengths=lengths,
+        given_state=draw(st.booleans()),
+        layout=draw(st.sampled_from(sorted(LAYOUTS))),
+        dtype=dtype,
+        training=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
