@@ -20,18 +20,26 @@ GRID = (
     (64, 50, 1024, 1024),
 )
 
-# One step of one stream with the state handed in: what a caller pays per character, frame or action.
+# One step of one stream with the state handed in: what a caller pays per character, frame or
+# action.
 STREAMING = (1, 1, 64, 64)
 
-# What --quick measures: enough to see that the harness and the kernels run, not enough to be quoted.
+# What --quick measures: enough to see that the harness and the kernels run, not enough to be
+# quoted.
 QUICK_GRID = ((1, 100, 64, 64), (16, 50, 128, 128))
 
 SMALL_BATCH = 16
 
 
-def select(cells: tuple[str, ...] = CELLS, max_batch: int | None = None, quick: bool = False) -> list[Case]:
+def select(
+    cells: tuple[str, ...] = CELLS, max_batch: int | None = None, quick: bool = False
+) -> list[Case]:
     """Streaming steps first, then the grid, small batches first, inference beside training."""
-    shapes = [shape for shape in (QUICK_GRID if quick else GRID) if shape[0] <= (max_batch or shape[0])]
+    shapes = [
+        shape for shape in (QUICK_GRID if quick else GRID) if shape[0] <= (max_batch or shape[0])
+    ]
     modes: tuple[Mode, ...] = ("inference", "training")
     streaming = [Case(cell, *STREAMING, "streaming", given_state=True) for cell in cells]
-    return streaming + [Case(cell, *shape, mode) for shape in shapes for cell in cells for mode in modes]
+    return streaming + [
+        Case(cell, *shape, mode) for shape in shapes for cell in cells for mode in modes
+    ]

@@ -1,15 +1,16 @@
-"""Peak memory of a training step, in a fresh process for each side and shape. Linux with glibc only.
+"""Peak memory of a training step, in a fresh process for each side and shape (Linux, glibc).
 
-The process builds the module and its input, runs a tiny layer of the same kind so that thread pools and one-time
-tables exist, and only then starts to count. Weights and input are therefore not in the figures; activations kept
-for backward, scratch, gradients, and whatever a side keeps for its next call (packed weights, compiled
-primitives) are. Two figures, because neither is enough alone:
+The process builds the module and its input, runs a tiny layer of the same kind so that thread pools
+and one-time tables exist, and only then starts to count. Weights and input are therefore not in the
+figures; activations kept for backward, scratch, gradients, and whatever a side keeps for its next
+call (packed weights, compiled primitives) are. Two figures, because neither is enough alone:
 
-    heap        highest number of bytes asked for and not yet given back. The same in every run, but it counts
-                pages that were never written.
-    resident    what the first step left behind in anonymous pages, plus how far the kernel's high-water mark
-                rises during a later step (median of several). What the machine really gave, but it moves by up
-                to a megabyte with the state of the allocator: no use for a layer that needs 300 kB.
+    heap      highest number of bytes asked for and not yet given back. The same in every run, but
+              it counts pages that were never written.
+    resident  what the first step left behind in anonymous pages, plus how far the kernel's
+              high-water mark rises during a later step (median of several). What the machine really
+              gave, but it moves by up to a megabyte with the allocator's state: no use for a layer
+              that needs 300 kB.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+
 from peers import PEERS, build_all
 from probe import compile_shared
-
 from rnn_ext._bench import Case
 
 HEAP_COUNTER = Path(__file__).with_name("heap.c")
@@ -51,7 +52,7 @@ class Peak:
     resident: int
 
     def ratio(self, other: Peak) -> float:
-        """This peak over the other: the less favourable of the figures that can be trusted at this size."""
+        """This peak over the other: the worse of the figures to be trusted at this size."""
         if min(self.resident, other.resident) < RESIDENT_IS_PRECISE:
             return self.heap / other.heap
         return max(self.heap / other.heap, self.resident / other.resident)
@@ -67,11 +68,20 @@ def heap_counter() -> Iterator[Path]:
 def measure(case: Case, peer: str, counter: Path, threads: int) -> Peak:
     """Run this file in a fresh process and read its figures."""
     fields = {name: value for name, value in asdict(case).items() if name != "dtype"}
-    command = [sys.executable, __file__, "--peer", peer, "--threads", str(threads), json.dumps(fields)]
+    command = [
+        sys.executable,
+        __file__,
+        "--peer",
+        peer,
+        "--threads",
+        str(threads),
+        json.dumps(fields),
+    ]
     environment = {
         **os.environ,
         "LD_PRELOAD": str(counter),
-        # Freed memory goes back to the kernel, or the high-water mark would not see it being used again.
+        # Freed memory goes back to the kernel, or the high-water mark would not see it being used
+        # again.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
@@ -81,7 +91,9 @@ def measure(case: Case, peer: str, counter: Path, threads: int) -> Peak:
 
 def status(field: str) -> int:
     """One of the kernel's memory figures of this process, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    found = re.search(
+        rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE
+    )
     if found is None:
         raise OSError(f"the kernel does not report {field}")
     return int(found[1]) << 10
@@ -122,7 +134,9 @@ def measure_here(case: Case, peer: str, repeats: int = 5) -> Peak:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Child process of measure(); not meant to be run by hand.")
+    parser = argparse.ArgumentParser(
+        description="Child process of measure(); not meant to be run by hand."
+    )
     parser.add_argument("--peer", required=True, choices=list(PEERS))
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("case", help="fields of a Case, as JSON")

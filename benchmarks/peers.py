@@ -1,4 +1,4 @@
-"""Who is measured. torch.nn is the one everything is compared with; its weights are given to all others."""
+"""Who is measured. All are compared with torch.nn, and given its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure this machine: multiply-adds, reads from each level of the memory hierarchy, core-to-core signals."""
+"""Measure this machine: multiply-adds, reads from each level of memory, core-to-core signals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ SOURCE = Path(__file__).with_name("probe.c")
 
 def compile_shared(source: Path, folder: str | Path, *flags: str) -> Path:
     """Compile one C file of this directory into a shared library in `folder`."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = (
+        os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    )
     if compiler is None:
-        raise SystemExit(f"benchmarks: no C compiler to build {source.name} with; install gcc or set CC")
+        raise SystemExit(
+            f"benchmarks: no C compiler to build {source.name} with; install gcc or set CC"
+        )
     library = Path(folder, source.stem + ".so")
     command = [*compiler.split(), "-O3", "-fPIC", "-shared", "-pthread", *flags]
     subprocess.run([*command, str(source), "-o", str(library)], check=True)

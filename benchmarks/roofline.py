@@ -1,18 +1,19 @@
 """The fastest any program could run a case on this machine, and the health of its cores.
 
-The floor of a case is the cheapest of three ways to use n threads, each charged only for what cannot be
-avoided:
+The floor of a case is the cheapest of three ways to use n threads, each charged only for what
+cannot be avoided:
 
-    max(flops / multiply-add peak, recurrent weight bytes / bandwidth of the level that holds them) + waits
+    max(flops / multiply-add peak, bytes of W_hh / bandwidth of the level that holds them) + waits
 
-    one thread      peak and bandwidth of one core, all of W_hh each step, no waits
-    hidden split    n cores, each reads its n-th part of W_hh each step; every step of every pass needs the
-                    others' h, so a core-to-core signal is waited for
-    batch split     n cores, each reads all of W_hh each step for its rows, no waits (batch >= n only)
+    one thread    peak and bandwidth of one core; all of W_hh each step; no waits
+    hidden split  n cores; each reads its n-th part of W_hh each step; every step of every pass
+                  needs what the other cores have computed: one core-to-core signal is waited for
+    batch split   n cores; each reads all of W_hh each step for its own rows; no waits (batch >= n)
 
-W_hh has to be read again in every step, because a step needs the one before; training reads it in two
-passes. Everything else is touched once, can be prefetched, and is left out, and so are the activations:
-the floor is lower than anything real, and the share of it (floor / time) is never flattered.
+W_hh has to be read again in every step, because a step needs the one before; training reads it in
+two passes. Everything else is touched once, can be prefetched, and is left out, and so are the
+activations: the floor is lower than anything real, and the share of it (floor / time) is never
+flattered.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class MachineProbe(Protocol):
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the memory hierarchy: its size and the read rate of one and of all threads, byte/s."""
+    """One level of memory: its size, and the read rate of one and of all threads in byte/s."""
 
     name: str
     size: float
@@ -49,7 +50,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured limits of this machine with a given number of threads. Rates in flop/s, times in seconds."""
+    """Measured limits with a given number of threads, in flop/s and seconds."""
 
     threads: int
     fma_one_thread: float
@@ -70,17 +71,18 @@ class Machine:
 
 
 def cache_sizes() -> list[int]:
-    """Sizes in bytes of the data caches of one core, innermost first, as the kernel reports them."""
+    """Sizes in bytes of one core's data caches, innermost first, as the kernel reports them."""
     sizes = []
     for index in sorted(CACHE_SIZES.glob("index*")):
         if (index / "type").read_text().strip() != "Instruction":
             sizes.append(int((index / "size").read_text().strip().removesuffix("K")) << 10)
-    # Inside some virtual machines the kernel reports nothing: a common, modest core is assumed then.
+    # Inside some virtual machines the kernel reports nothing: a common, modest core is assumed
+    # then.
     return sizes or [32 << 10, 1 << 20, 32 << 20]
 
 
 def best_sgemm(sizes: tuple[int, ...] = (512, 1024, 1536, 2048), attempts: int = 5) -> float:
-    """The best rate torch's own matrix product reaches with the current number of threads, in flop/s."""
+    """The best rate of torch's own matrix product with the current threads, in flop/s."""
     best = 0.0
     for size in sizes:
         a, b = torch.randn(size, size), torch.randn(size, size)
@@ -93,7 +95,7 @@ def best_sgemm(sizes: tuple[int, ...] = (512, 1024, 1536, 2048), attempts: int =
 
 
 def measure(probe: MachineProbe, threads: int, attempts: int = 5) -> Machine:
-    """Best of several attempts at everything: a limit is what the machine can do when left alone."""
+    """Best of several attempts: a limit is what the machine can do when left alone."""
     levels = []
     caches = cache_sizes()
     for number, size in enumerate([*caches, 0], start=1):
@@ -102,7 +104,8 @@ def measure(probe: MachineProbe, threads: int, attempts: int = 5) -> Machine:
         elif number < len(caches) or len(caches) == 1:
             name, buffer = f"L{number}", size // 2
         else:
-            # The last level is shared: all threads' buffers together must fit, each beyond the level before.
+            # The last level is shared: all threads' buffers together must fit, each beyond the
+            # level before.
             name, buffer = f"L{number}", max(size // (2 * threads), 2 * caches[-2])
         one = max(probe.read(1, buffer) for _ in range(attempts))
         every = max(probe.read(threads, buffer) for _ in range(attempts))
@@ -118,7 +121,7 @@ def measure(probe: MachineProbe, threads: int, attempts: int = 5) -> Machine:
 
 
 def floor_seconds(case: Case, machine: Machine) -> float:
-    """The time no program can beat on this machine, as defined at the top of this file. float32, one layer."""
+    """The time no program can beat on this machine (top of this file). One layer, float32."""
     if case.dtype != torch.float32 or case.num_layers != 1 or case.bidirectional or case.proj_size:
         raise ValueError(f"no floor is defined for {case.label}")
     passes = 2 if case.training else 1
@@ -132,7 +135,8 @@ def floor_seconds(case: Case, machine: Machine) -> float:
         max(case.flops / machine.peak, reads / part.all_threads) + waits,
     ]
     if case.batch >= machine.threads:
-        # Each thread reads everything: the rate of all threads together is shared by that many readers.
+        # Each thread reads everything: the rate of all threads together is shared by that many
+        # readers.
         ways.append(max(case.flops / machine.peak, reads * machine.threads / whole.all_threads))
     return min(ways)
 

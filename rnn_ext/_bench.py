@@ -1,7 +1,7 @@
 """Check rnn_ext against torch.nn on one shape, then time both.
 
-`python -m rnn_ext check`, `python -m rnn_ext bench` and everything in `benchmarks/` share this module:
-one definition of "the same work", one of "the same answer", and one way to take a time.
+`python -m rnn_ext check`, `python -m rnn_ext bench` and everything in `benchmarks/` share this
+module: one definition of "the same work", one of "the same answer", and one way to take a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 @dataclass(frozen=True)
 class Case:
-    """One call to compare. Streaming is inference that is handed its state, as a step-by-step caller does."""
+    """One call to compare. Streaming is inference that is handed its state, step by step."""
 
     cell: str
     batch: int
@@ -73,8 +73,8 @@ class Case:
     def flops(self) -> int:
         """Floating-point operations of the matrix products, two per multiply-add.
 
-        Backward has two products (data and weight gradient) for each one of forward. A packed batch does
-        less than this.
+        Backward has two products (data and weight gradient) for each one of forward. A packed batch
+        does less than this.
         """
         multiplies = 0
         for layer in range(self.num_layers):
@@ -113,8 +113,8 @@ class Workload:
         dtype = module.weight_ih_l0.dtype
 
         def draw(*shape: int) -> Tensor:
-            # Rounded to the case's dtype before it is cast to the module's, so that a float64 copy of the
-            # module is given the very same numbers.
+            # Rounded to the case's dtype before it is cast to the module's, so that a float64 copy
+            # of the module is given the very same numbers.
             return torch.randn(*shape, generator=generator).to(case.dtype).to(dtype)
 
         self.module = module
@@ -123,7 +123,9 @@ class Workload:
         self.lengths = None
         rows = [case.steps, case.batch]
         if case.packed:
-            self.lengths = [case.steps - b * case.steps // (2 * case.batch) for b in range(case.batch)]
+            self.lengths = [
+                case.steps - b * case.steps // (2 * case.batch) for b in range(case.batch)
+            ]
             rows = [sum(self.lengths)]
         self.input = draw(case.steps, case.batch, case.input_size).requires_grad_(case.training)
         self.grad_output = draw(*rows, case.state_size * case.directions)
@@ -158,15 +160,23 @@ class Workload:
 
     def results(self) -> dict[str, Tensor]:
         """Everything one call produces, by name."""
-        produced = dict(zip(("output", "h_n", "c_n"), self()))
+        produced = name_states("output", "h_n", "c_n", tensors=self())
         if self.training:
-            leaves = {"input": self.input, **dict(zip(("h_0", "c_0"), self.initial_state))}
+            leaves = {
+                "input": self.input,
+                **name_states("h_0", "c_0", tensors=self.initial_state),
+            }
             leaves.update(self.module.named_parameters())
             for name, leaf in leaves.items():
                 if leaf.grad is None:
                     raise AssertionError(f"no gradient arrived at {name}")
                 produced[f"grad {name}"] = leaf.grad
         return {name: tensor.detach() for name, tensor in produced.items()}
+
+
+def name_states(*names: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Tensors by name. Only an LSTM has the last name's."""
+    return dict(zip(names, tensors, strict=False))
 
 
 def build_pair(case: Case, ours: ModuleType, theirs: ModuleType = nn) -> dict[str, Workload]:
@@ -204,9 +214,10 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
 def compare(case: Case, candidate: Workload, torch_nn: Workload) -> list[Deviation]:
     """Error of everything the candidate computes, in units of the norm of the exact result.
 
-    The exact result is torch.nn's in float64 on the same numbers. At any lower precision the candidate may
-    be twice as far from it as torch.nn is at that precision, plus one rounding. In float64 there is nothing
-    better to compare with, so the bound is the rounding of a long sum: 4096 eps = 9e-13.
+    The exact result is torch.nn's in float64 on the same numbers. At any lower precision the
+    candidate may be twice as far from it as torch.nn is at that precision, plus one rounding. In
+    float64 there is nothing better to compare with, so the bound is the rounding of a long sum:
+    4096 eps = 9e-13.
     """
     double_case = replace(case, dtype=torch.float64)
     exact_module = double_case.build_module(nn)
@@ -254,7 +265,8 @@ def repetitions(work: Callable[[], object], min_sample: float, clock: Callable[[
         elapsed = clock() - start
         if elapsed >= min_sample:
             return calls
-        # Aim a fifth above the target; grow at most tenfold, for a first call can be far too fast or slow.
+        # Aim a fifth above the target; grow at most tenfold, for a first call can be far too fast
+        # or slow.
         wanted = calls * 1.2 * min_sample / max(elapsed, 1e-9)
         calls = max(calls + 1, min(10 * calls, int(wanted)))
 
@@ -265,14 +277,15 @@ def interleave(
     min_sample: float = 5e-3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time the sides in turn, A B A B ..., so that a change of the machine's mood hits all of them alike."""
+    """Time the sides in turn, A B A B ..., so that a busy moment hits all of them alike."""
     calls = {name: repetitions(work, min_sample, clock) for name, work in sides.items()}
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
             if calls[name] > 1:
-                # The other side has just left the caches and its threads may still be spinning: a short
-                # call must not pay for that. For a call as long as the whole sample it does not matter.
+                # The other side has just left the caches and its threads may still be spinning: a
+                # short call must not pay for that. For a call as long as the whole sample it does
+                # not matter.
                 work()
             start = clock()
             for _ in range(calls[name]):

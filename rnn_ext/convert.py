@@ -145,10 +145,12 @@ def _copy_tree(model: _ModuleT) -> _ModuleT:
         for slot in copyreg._slotnames(type(original)):
             if hasattr(original, slot):
                 object.__setattr__(module, slot, _redirect(getattr(original, slot), copies))
+    for original in originals:
         if parametrize.is_parametrized(original):
             # torch keeps the properties of a parametrized module in its class, and edits them
             # there: the copy must not share that class with the original.
-            _set_class(module, parametrize.type_before_parametrizations(original))
+            plain = parametrize.type_before_parametrizations(original)
+            _set_class(copies[id(original)], plain)
     return copies.get(id(model), model)
 
 

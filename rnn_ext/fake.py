@@ -15,6 +15,14 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def _check_device(name: str, input: Tensor, other: Tensor) -> None:
+    if input.device != other.device:
+        raise RuntimeError(
+            f"Input and {name} tensors are not at the same device, found input tensor at "
+            f"{input.device} and {name} tensor at {other.device}"
+        )
+
+
 @torch.library.register_fake("rnn_ext::recurrent")
 def _recurrent(
     input: Tensor,
@@ -31,6 +39,9 @@ def _recurrent(
     training: bool,
     save_reserve: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_device("parameter", input, params[0])
+    if h_0 is not None:
+        _check_device("hidden", input, h_0)
     directions = 2 if bidirectional else 1
     gates = {LSTM: 4, GRU: 3}.get(cell, 1)
     hidden = params[0].shape[0] // gates
@@ -52,8 +63,8 @@ def _recurrent(
     if save_reserve:
         padded = (hidden + _PAD - 1) // _PAD * _PAD
         size = slots * rows * _SAVED.get(cell, 0) * padded
-        inner = (num_layers - 1) * rows * width
-        size += inner * (2 if training and dropout > 0 else 1)
+        masks = num_layers - 1 if training and dropout > 0 else 0
+        size += (num_layers + masks) * rows * width
     return output, h_n, c_n, input.new_empty((size,), dtype=wide)
 
 
@@ -67,7 +78,6 @@ def _recurrent_backward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     params: list[Tensor],
-    output: Tensor,
     reserve: Tensor,
     cell: int,
     has_biases: bool,

@@ -22,12 +22,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnn_ext import _C
+
 __all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
 
 # The codes of csrc/sequence.h (CellKind).
 RNN_TANH, RNN_RELU, LSTM, GRU = range(4)
 
-recurrent = torch.ops.rnn_ext.recurrent.default
+_operator = torch.ops.rnn_ext.recurrent.default
+
+
+def recurrent(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    params: Sequence[Tensor],
+    *options: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.rnn_ext.recurrent without its reserve: (output, h_n, c_n).
+
+    Goes the short way into C++ unless somebody (a compiler, a tracer) has to see the operator.
+    """
+    if not torch.compiler.is_compiling():
+        result = _C.recurrent(input, batch_sizes, h_0, c_0, params, *options)
+        if result is not NotImplemented:
+            return result
+    return _operator(input, batch_sizes, h_0, c_0, params, *options)[:3]
 
 
 def rnn_tanh(
@@ -47,7 +68,7 @@ def rnn_tanh(
 
     Shapes and errors: see the module's docstring.
     """
-    output, h_n, _, _ = recurrent(
+    output, h_n, _ = recurrent(
         input, batch_sizes, hx, None, params, RNN_TANH,
         bias, num_layers, bidirectional, batch_first, dropout, training,
     )  # fmt: skip
@@ -71,7 +92,7 @@ def rnn_relu(
 
     Shapes and errors: see the module's docstring.
     """
-    output, h_n, _, _ = recurrent(
+    output, h_n, _ = recurrent(
         input, batch_sizes, hx, None, params, RNN_RELU,
         bias, num_layers, bidirectional, batch_first, dropout, training,
     )  # fmt: skip
@@ -95,7 +116,7 @@ def gru(
 
     Shapes and errors: see the module's docstring.
     """
-    output, h_n, _, _ = recurrent(
+    output, h_n, _ = recurrent(
         input, batch_sizes, hx, None, params, GRU,
         bias, num_layers, bidirectional, batch_first, dropout, training,
     )  # fmt: skip
@@ -121,7 +142,7 @@ def lstm(
     docstring.
     """
     h_0, c_0 = (None, None) if hx is None else hx
-    output, h_n, c_n, _ = recurrent(
+    output, h_n, c_n = recurrent(
         input, batch_sizes, h_0, c_0, params, LSTM,
         bias, num_layers, bidirectional, batch_first, dropout, training,
     )  # fmt: skip

@@ -7,6 +7,7 @@ torch.nn's own forward.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -23,7 +24,7 @@ _PLAIN_TYPES = {Tensor, nn.Parameter}
 def _is_covered(tensor: Tensor) -> bool:
     """Whether the kernels take this tensor: a plain one on the CPU, or a stand-in for one."""
     if type(tensor) in _PLAIN_TYPES:
-        return tensor.is_cpu or tensor.is_meta
+        return tensor.is_cpu
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -45,11 +46,6 @@ class _Recurrent(nn.RNNBase):
         except KeyError:
             return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _torch_forward(self, input, hx):
-        self._update_flat_weights()
-        self._flat_weights = self._weights()
-        return super().forward(input, hx)
-
     def forward(self, input, hx=None):
         """As the torch.nn class of the same name; shapes and errors are its own.
 
@@ -68,9 +64,7 @@ class _Recurrent(nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         weights = self._weights()
-        if not (type(input) is Tensor and input.is_cpu) and not _is_covered(input):
-            return self._torch_forward(input, hx)
-        if type(weights[0]) is not nn.Parameter and not _is_covered(weights[0]):
+        if not (_is_covered(input) and _is_covered(weights[0])):
             return self._torch_forward(input, hx)
         dim = input.dim()
         if dim != 3:
@@ -80,27 +74,49 @@ class _Recurrent(nn.RNNBase):
                 )
             return self._forward_unbatched(input, hx)
         h_0, c_0 = self._states(hx, 3)
-        output, h_n, c_n, _ = F.recurrent(
-            input, None, h_0, c_0, weights, _MODES[self.mode],
-            self.bias, self.num_layers, self.bidirectional, self.batch_first,
-            self.dropout, self.training,
-        )  # fmt: skip
-        return output, ((h_n, c_n) if self.mode == "LSTM" else h_n)
+        return self._run(input, None, h_0, c_0, weights)
+
+    def _run(self, input, batch_sizes, h_0, c_0, weights):
+        lstm = self.mode == "LSTM"
+        batch_first = self.batch_first and batch_sizes is None
+        try:
+            output, h_n, c_n = F.recurrent(
+                input, batch_sizes, h_0, c_0, weights, _MODES[self.mode],
+                self.bias, self.num_layers, self.bidirectional, batch_first,
+                self.dropout, self.training,
+            )  # fmt: skip
+        except NotImplementedError:  # no kernel for this kind of tensor: a sparse one, say
+            hx = (h_0, c_0) if lstm and h_0 is not None else h_0
+            if batch_sizes is not None:
+                input = PackedSequence(input, batch_sizes)
+            return self._torch_forward(input, hx)
+        except RuntimeError:
+            # Bad arguments: torch's own checks go first, for their types and wording. (Its LSTM does
+            # not check packed input without a state.)
+            if not (lstm and batch_sizes is not None and h_0 is None):
+                self.check_input(input, batch_sizes)
+            raise
+        return output, ((h_n, c_n) if lstm else h_n)
+
+    def _torch_forward(self, input, hx):
+        self._update_flat_weights()
+        self._flat_weights = self._weights()
+        return super().forward(input, hx)
 
     def _states(self, hx, dim: int) -> tuple[Tensor | None, Tensor | None]:
         if hx is None:
             return None, None
-        if self.mode == "LSTM":
-            h_0, c_0 = hx
-            if h_0.dim() == dim and c_0.dim() == dim:
-                return h_0, c_0
-            got = f"({h_0.dim()}-D, {c_0.dim()}-D) tensors"
-            names = "hx and cx"
-        else:
+        if self.mode != "LSTM":
             if hx.dim() == dim:
                 return hx, None
-            got = f"{hx.dim()}-D tensor"
-            names = "hx"
+            names, got = "hx", f"{hx.dim()}-D tensor"
+        else:
+            h_0, c_0 = hx[0], hx[1]
+            if h_0.dim() == dim and c_0.dim() == dim:
+                if len(hx) != 2:
+                    raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
+                return h_0, c_0
+            names, got = "hx and cx", f"({h_0.dim()}-D, {c_0.dim()}-D) tensors"
         batched = "batched" if dim == 3 else "unbatched"
         raise RuntimeError(
             f"For {batched} {dim}-D input, {names} should also be {dim}-D but got {got}"
@@ -119,17 +135,23 @@ class _Recurrent(nn.RNNBase):
     def _forward_packed(self, packed, hx):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         weights = self._weights()
-        if not _is_covered(data) or not _is_covered(weights[0]):
+        if not (_is_covered(data) and _is_covered(weights[0])):
             return self._torch_forward(packed, hx)
+        if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+            raise TypeError(
+                "batch_sizes must be a 1-D int64 tensor, got a "
+                f"{batch_sizes.dim()}-D tensor of {batch_sizes.dtype}"
+            )
+        if batch_sizes.numel() == 0:
+            raise IndexError("batch_sizes is empty: expected one entry per step")
         h_0 = c_0 = None
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-            h_0, c_0 = hx if self.mode == "LSTM" else (hx, None)
-        output, h_n, c_n, _ = F.recurrent(
-            data, batch_sizes, h_0, c_0, weights, _MODES[self.mode],
-            self.bias, self.num_layers, self.bidirectional, False, self.dropout, self.training,
-        )  # fmt: skip
-        state = self.permute_hidden((h_n, c_n) if self.mode == "LSTM" else h_n, unsorted_indices)
+            h_0, c_0 = (hx[0], hx[1]) if self.mode == "LSTM" else (hx, None)
+        output, state = self._run(data, batch_sizes, h_0, c_0, weights)
+        if type(output) is PackedSequence:  # from torch's own forward
+            output = output.data
+        state = self.permute_hidden(state, unsorted_indices)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), state
 
 
@@ -172,15 +194,34 @@ class _Cell(nn.RNNCellBase):
             c_0 = None if c_0 is None else c_0[None]
             h_1, c_1 = self._step(kind, input[None], h_0, c_0)
             return h_1[0], (c_1[0] if kind == F.LSTM else c_1)
-        _, h_1, c_1, _ = F.recurrent(
-            input[None], None,
-            None if h_0 is None else h_0[None], None if c_0 is None else c_0[None],
-            self._weights(), kind, self.bias, 1, False, False, 0.0, False,
-        )  # fmt: skip
+        try:
+            _, h_1, c_1 = F.recurrent(
+                input[None], None,
+                None if h_0 is None else h_0[None], None if c_0 is None else c_0[None],
+                self._weights(), kind, self.bias, 1, False, False, 0.0, False,
+            )  # fmt: skip
+        except RuntimeError:
+            self._check_sizes(input, h_0, c_0)
+            raise
         return h_1[0], (c_1[0] if kind == F.LSTM else c_1)
 
+    def _check_sizes(self, input: Tensor, *states: Tensor | None) -> None:
+        """Raises in terms of the cell's own arguments, without the step dimension."""
+        if input.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
+            )
+        expected = (input.size(0), self.hidden_size)
+        for index, state in enumerate(states):
+            if state is not None and tuple(state.shape) != expected:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent size: got {tuple(state.shape)}, "
+                    f"expected {expected}"
+                )
+
     def _is_covered(self, input: Tensor) -> bool:
-        return _is_covered(input) and _is_covered(self._weights()[0])
+        # torch lets a cell be of size 0, which leaves nothing to run.
+        return self.hidden_size > 0 and _is_covered(input) and _is_covered(self._weights()[0])
 
 
 class RNNCell(_Cell, nn.RNNCell):
@@ -207,9 +248,13 @@ class LSTMCell(_Cell, nn.LSTMCell):
         self._check_rank("input", input)
         h_0 = c_0 = None
         if hx is not None:
+            for index, state in enumerate(hx):
+                self._check_rank(f"hx[{index}]", state)
+            if isinstance(hx, Tensor):
+                raise TypeError("hx must be a tuple (h_0, c_0), not a Tensor")
+            if len(hx) != 2:
+                raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
             h_0, c_0 = hx
-            self._check_rank("hx[0]", h_0)
-            self._check_rank("hx[1]", c_0)
         if not self._is_covered(input):
             return super().forward(input, hx)
         return self._step(F.LSTM, input, h_0, c_0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -64,9 +65,12 @@ def test_other_torch(monkeypatch: pytest.MonkeyPatch, built: str) -> None:
     assert "\n" not in message
 
 
-def test_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(rnn_ext, "_build_info")
-    monkeypatch.setitem(sys.modules, "rnn_ext._build_info", None)  # import raises
+@pytest.mark.parametrize("missing", ["rnn_ext._C", "rnn_ext._build_info"])
+def test_never_built(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        _version_check, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
     with pytest.raises(ImportError, match="run `make build`") as error:
         _version_check.check()
     assert "\n" not in str(error.value)

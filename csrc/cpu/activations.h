@@ -14,7 +14,7 @@ struct ExpConstants<float> {
   static constexpr float kLn2Hi = 0.693359375f;  // few bits: n * kLn2Hi is exact
   static constexpr float kLn2Lo = -2.12194440e-4f;
   static constexpr float kExpMin = -104.0f;    // exp is 0 from here down
-  static constexpr float kExpm1Min = -30.0f;   // expm1 is -1 from here down
+  static constexpr float kTanhMin = -30.0f;  // of -2|x|: tanh is 1 from here down
   static constexpr int kMantissaBits = 23, kExponentBias = 127;
   static constexpr int kTerms = 8;             // of the Taylor series on |r| <= ln(2)/2
 };
@@ -25,7 +25,7 @@ struct ExpConstants<double> {
   static constexpr double kLn2Hi = 6.93147180369123816490e-01;
   static constexpr double kLn2Lo = 1.90821492927058770002e-10;
   static constexpr double kExpMin = -746.0;
-  static constexpr double kExpm1Min = -60.0;
+  static constexpr double kTanhMin = -60.0;
   static constexpr int kMantissaBits = 52, kExponentBias = 1023;
   static constexpr int kTerms = 13;
 };
@@ -78,18 +78,6 @@ RNN_EXT_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   return p * power_of_two<T>(half) * power_of_two<T>(n - half);
 }
 
-// expm1(x) for x <= 0, with full relative accuracy near 0.
-template <class T>
-RNN_EXT_INLINE Vec<T> expm1_nonpositive(Vec<T> x) {
-  const Vec<T> lowest = splat<T>(ExpConstants<T>::kExpm1Min);
-  x = x < lowest ? lowest : x;
-  Vec<T> r;
-  Bits<T> n;
-  reduce<T>(x, r, n);
-  const Vec<T> scale = power_of_two<T>(n);
-  return expm1_reduced<T>(r) * scale + (scale - T(1));
-}
-
 template <class T>
 RNN_EXT_INLINE Bits<T> sign_mask() {
   return (Bits<T>)splat<T>(T(-0.0));
@@ -107,12 +95,23 @@ RNN_EXT_INLINE Vec<T> sigmoid(Vec<T> x) {
   return (x >= T(0) ? one : e) / (one + e);
 }
 
-// tanh(|x|) = -m / (2 + m) with m = expm1(-2|x|): no cancellation for small x, no overflow for
-// large x.
+// With e = exp(-2|x|) and m = e - 1: tanh(|x|) = -m / (1 + e) near 0, where m is accurate without
+// cancellation, and 1 - 2e / (1 + e) elsewhere, where the error sits in the small term: the
+// derivative 1 - tanh^2 stays accurate in saturation. One division serves both.
 template <class T>
 RNN_EXT_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> m = expm1_nonpositive<T>(absolute<T>(x) * T(-2));
-  const Vec<T> t = -m / (m + T(2));
+  const Vec<T> size = absolute<T>(x), one = splat<T>(T(1));
+  const Vec<T> lowest = splat<T>(ExpConstants<T>::kTanhMin);
+  const Vec<T> twice = size * T(-2);
+  Vec<T> r;
+  Bits<T> n;
+  reduce<T>(twice < lowest ? lowest : twice, r, n);
+  const Vec<T> p = expm1_reduced<T>(r), scale = power_of_two<T>(n);
+  const Vec<T> e = p * scale + scale;
+  const Vec<T> m = p * scale + (scale - one);
+  const auto small = size < T(0.5);
+  const Vec<T> q = (small ? -m : e + e) / (one + e);
+  const Vec<T> t = small ? q : one - q;
   return (Vec<T>)(((Bits<T>)t & ~sign_mask<T>()) | ((Bits<T>)x & sign_mask<T>()));
 }
 

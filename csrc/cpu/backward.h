@@ -23,6 +23,7 @@ struct BackwardPass {
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
   static constexpr int64_t kBlock = 48;  // rows of a job's tile; plan.cpp chooses at most this
+  static constexpr int64_t kSumRows = 16;
 
   // dW (M, N) = left^T right, summed over the rows of a chunk: the left operand in blocks of kBlock
   // columns [block][row][kBlock], the right one in panels.
@@ -205,10 +206,16 @@ struct BackwardPass {
     if (earlier > 0) {
       const T* dg = w.dgh[slot(s - 1)] + (chunk_row(d, s - 1) + begin) * gate_rows;
       multiply_panel<T>(vectors, earlier, gate_rows, {dg, gate_rows},
-                        w.w_hh + state_columns.offset(panel, gate_rows), carry, stride, tile,
-                        width);
+                        w.w_hh + state_columns.offset(panel, gate_rows), nullptr, 0, tile, width);
     }
-    for (int64_t r = earlier; r < rows; ++r) copy_row(tile + r * width, carry + r * stride, width);
+    // The carried part is added to the finished product, not used as its start: it is larger than
+    // any single term, and every addition to it would round at its size.
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < width; i += kLanes<T>) {
+        T* to = tile + r * width + i;
+        store(to, r < earlier ? load(carry + r * stride + i) + load(to) : load(carry + r * stride + i));
+      }
+    }
     // Rows that have no step here are on their way out: what is left is their dL/dh_0.
     for (int64_t r = now; r < rows; ++r) copy_row(carry + r * stride, tile + r * width, width);
     if (now == 0) return;
@@ -361,7 +368,12 @@ struct BackwardPass {
     for (int64_t column = first; column < last; column += kLanes<T>) {
       const int64_t rest = last - column;
       Vec<T> sum = {};
-      for (int64_t r = 0; r < rows; ++r) sum += load_upto(from + r * gate_rows + column, rest);
+      for (int64_t r = 0; r < rows;) {  // in two levels: the error grows with the square root
+        const int64_t end = r + kSumRows < rows ? r + kSumRows : rows;
+        Vec<T> part = {};
+        for (; r < end; ++r) part += load_upto(from + r * gate_rows + column, rest);
+        sum += part;
+      }
       for (T* to : {bias, also})
         if (to)
           store_upto(to + column, first_chunk ? sum : load_upto(to + column, rest) + sum, rest);

@@ -6,6 +6,12 @@
 
 namespace rnn_ext::RNN_EXT_ISA {
 
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC 12 has no _Float16 in C++ there
+#else
+using Half = _Float16;
+#endif
+
 template <class T>
 RNN_EXT_INLINE Vec<T> round_to(Vec<T> v, Rounding /*rounding*/) {
   return v;
@@ -20,7 +26,7 @@ RNN_EXT_INLINE Vec<float> round_to<float>(Vec<float> v, Rounding rounding) {
     const Bits<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
     return v == v ? (Vec<float>)rounded : v;
   }
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = float(_Float16(v[i]));
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = float(Half(v[i]));
   return v;
 }
 

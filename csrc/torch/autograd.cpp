@@ -19,16 +19,22 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
+bool any_has(at::TensorList tensors, c10::DispatchKey key) {
+  for (const at::Tensor& t : tensors)
+    if (t.defined() && t.key_set().has(key)) return true;
+  return false;
+}
+
 struct RecurrentBackward : torch::autograd::Node {
   Options options;
   bool has_h_0 = false, has_c_0 = false, has_batch_sizes = false;
-  SavedVariable input, h_0, c_0, output, reserve, batch_sizes;
+  SavedVariable input, h_0, c_0, reserve, batch_sizes;
   std::vector<SavedVariable> params;
 
   std::string name() const override { return "RecurrentBackward"; }
 
   void release_variables() override {
-    for (SavedVariable* v : {&input, &h_0, &c_0, &output, &reserve, &batch_sizes}) v->reset_data();
+    for (SavedVariable* v : {&input, &h_0, &c_0, &reserve, &batch_sizes}) v->reset_data();
     for (SavedVariable& v : params) v.reset_data();
   }
 
@@ -42,23 +48,27 @@ struct RecurrentBackward : torch::autograd::Node {
     const Inputs inputs{input.unpack(), unpacked(batch_sizes, has_batch_sizes),
                         unpacked(h_0, has_h_0), unpacked(c_0, has_c_0), weights};
     const at::Tensor kept = reserve.unpack();
-    if (at::GradMode::is_enabled()) return differentiable(grads, inputs, kept);
+    if (at::GradMode::is_enabled() || any_has(grads, c10::DispatchKey::FuncTorchBatched))
+      return differentiable(grads, inputs, kept);
 
     const auto wanted = [&](size_t i) { return task_should_compute_output(i); };
     std::vector<bool> param_mask;
     for (size_t i = 0; i < params.size(); ++i) param_mask.push_back(wanted(3 + i));
     variable_list results = call_recurrent_backward(
-        {grads[0], grads[1], grads[2]}, inputs, output.unpack(getptr()), kept, options,
+        {grads[0], grads[1], grads[2]}, inputs, kept, options,
         {wanted(0), has_h_0 && wanted(1), has_c_0 && wanted(2)}, param_mask);
     for (size_t i = 0; i < results.size(); ++i)
       if (!wanted(i) || (i == 1 && !has_h_0) || (i == 2 && !has_c_0)) results[i] = at::Tensor();
     return results;
   }
 
-  // create_graph=True: the gradient has to be differentiable itself. Run the composite form from
-  // the same inputs and let autograd derive it.
+  // create_graph=True: the gradient has to be differentiable itself (or, for a batch of gradients,
+  // made of operations with batching rules). Run the composite form from the same inputs and let
+  // autograd derive it.
   variable_list differentiable(const variable_list& grads, const Inputs& inputs,
                                const at::Tensor& kept) {
+    const bool create_graph = at::GradMode::is_enabled();
+    const at::AutoGradMode record(true);
     // Views, so that a tensor used twice (tied weights) gets a gradient of its own per use.
     const auto own = [](const at::Tensor& t) { return t.view_as(t); };
     std::vector<at::Tensor> weights;
@@ -89,7 +99,7 @@ struct RecurrentBackward : torch::autograd::Node {
     if (outputs.empty() || sources.empty()) return gradients;
     const variable_list found =
         torch::autograd::grad(outputs, sources, output_grads, /*retain_graph=*/true,
-                              /*create_graph=*/true, /*allow_unused=*/true);
+                              create_graph, /*allow_unused=*/true);
     for (size_t i = 0; i < index.size(); ++i) gradients[index[i]] = found[i];
     return gradients;
   }
@@ -106,26 +116,25 @@ c10::intrusive_ptr<N> make_node(const c10::intrusive_ptr<Base>&) {
   return c10::make_intrusive<N>();
 }
 
-bool has_forward_grad(const Inputs& in) {
-  const auto has = [](const at::Tensor& t) { return t._fw_grad(/*level=*/0).defined(); };
-  if (has(in.input) || (in.h_0 && has(*in.h_0)) || (in.c_0 && has(*in.c_0))) return true;
+// Does f hold for any floating-point operand?
+template <class F>
+bool any_operand(const Inputs& in, F&& f) {
+  if (f(in.input) || (in.h_0 && f(*in.h_0)) || (in.c_0 && f(*in.c_0))) return true;
   for (const at::Tensor& p : in.params)
-    if (has(p)) return true;
+    if (f(p)) return true;
   return false;
 }
 
-bool needs_grad(const Inputs& in) {
-  if (!at::GradMode::is_enabled()) return false;
-  if (in.input.requires_grad() || (in.h_0 && in.h_0->requires_grad()) ||
-      (in.c_0 && in.c_0->requires_grad()))
-    return true;
-  for (const at::Tensor& p : in.params)
-    if (p.requires_grad()) return true;
-  return false;
+// Forward-mode differentiation and torch.func's transforms: every ATen operation knows how, so use
+// those. (A node of ours would outlive the transform's level and lose what it saved there.)
+bool takes_composite(const Inputs& in) {
+  return any_operand(in, [](const at::Tensor& t) {
+    return t._fw_grad(/*level=*/0).defined() ||
+           t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper);
+  });
 }
 
-// Forward-mode differentiation: every ATen operation knows how, so use those.
-ForwardResult forward_mode(const Inputs& inputs, const Options& options) {
+ForwardResult composite(const Inputs& inputs, const Options& options) {
   std::vector<at::Tensor> masks;
   if (options.drops()) {
     const Problem p(inputs, options);
@@ -138,6 +147,18 @@ ForwardResult forward_mode(const Inputs& inputs, const Options& options) {
   return {output, h_n, c_n, at::empty({0}, inputs.input.options())};
 }
 
+ForwardResult recurrent_composite(const at::Tensor& input,
+                                  const std::optional<at::Tensor>& batch_sizes,
+                                  const std::optional<at::Tensor>& h_0,
+                                  const std::optional<at::Tensor>& c_0, at::TensorList params,
+                                  int64_t cell, bool has_biases, int64_t num_layers,
+                                  bool bidirectional, bool batch_first, double dropout,
+                                  bool training, bool /*save_reserve*/) {
+  return composite({input, batch_sizes, h_0, c_0, params},
+                   {CellKind(cell), has_biases, num_layers, bidirectional, batch_first, dropout,
+                    training});
+}
+
 ForwardResult recurrent_autograd(const at::Tensor& input,
                                  const std::optional<at::Tensor>& batch_sizes,
                                  const std::optional<at::Tensor>& h_0,
@@ -148,8 +169,10 @@ ForwardResult recurrent_autograd(const at::Tensor& input,
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
   const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
                         batch_first,    dropout,    training};
-  if (has_forward_grad(inputs)) return forward_mode(inputs, options);
-  const bool track = needs_grad(inputs);
+  if (takes_composite(inputs)) return composite(inputs, options);
+  const bool track =
+      at::GradMode::is_enabled() &&
+      any_operand(inputs, [](const at::Tensor& t) { return t.requires_grad(); });
   ForwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -184,7 +207,6 @@ ForwardResult recurrent_autograd(const at::Tensor& input,
   torch::autograd::set_history(output, node);
   torch::autograd::set_history(h_n, node);
   torch::autograd::set_history(c_n, node);
-  node->output = SavedVariable(output, true);
   return result;
 }
 
@@ -218,6 +240,11 @@ ForwardResult recurrent_autocast(const at::Tensor& input,
 
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {
   m.impl("recurrent", recurrent_autograd);
+}
+
+// torch.vmap: through the composite form, whose operations have batching rules.
+TORCH_LIBRARY_IMPL(rnn_ext, FuncTorchBatched, m) {
+  m.impl("recurrent", recurrent_composite);
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) {

@@ -57,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_forward(
 
   at::Tensor x = wide(inputs.input);  // (N, width) in time order
   if (!p.packed && options.batch_first) x = x.transpose(0, 1);
-  x = x.reshape({s.rows(), s.input_size});
+  x = p.packed ? x.narrow(0, 0, s.rows()) : x.reshape({s.rows(), s.input_size});
   const auto initial = [&](const std::optional<at::Tensor>& state, int64_t width) {
     return state ? wide(*state) : at::zeros({slots, s.batch, width}, x.options());
   };
@@ -88,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_forward(
         state.h = with_rest(now.h, state.h);
         if (options.is_lstm()) state.c = with_rest(now.c, state.c);
       }
-      outputs.push_back(at::cat(steps));
+      outputs.push_back(s.steps > 0 ? at::cat(steps) : x.new_zeros({0, s.state_size()}));
       h_n.push_back(state.h);
       if (options.is_lstm()) c_n.push_back(state.c);
     }

@@ -3,6 +3,10 @@
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/python_arg_parser.h>
 
 #include <cstdlib>
 
@@ -98,10 +102,71 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   return info;
 }
 
+std::optional<at::Tensor> optional_tensor(PyObject* object) {
+  if (object == Py_None) return std::nullopt;
+  return THPVariable_Unpack(object);
+}
+
+// recurrent(input, batch_sizes, h_0, c_0, params, cell, has_biases, num_layers, bidirectional,
+// batch_first, dropout, training) -> (output, h_n, c_n): torch.ops.rnn_ext.recurrent without the
+// conversion of every argument to and from a boxed value, which takes longer than a small step.
+// Returns NotImplemented where that conversion is the point: under a tracer, a function mode, or
+// with an argument that is not a tensor where one belongs.
+PyObject* recurrent(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  constexpr Py_ssize_t kCount = 12;
+  TORCH_CHECK_TYPE(count == kCount, "recurrent takes ", kCount, " arguments, got ", count);
+  PyObject* const list = args[4];
+  bool direct = !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing() &&
+                THPVariable_Check(args[0]) && PyList_Check(list);
+  for (int i = 1; i < 4; ++i) direct = direct && (args[i] == Py_None || THPVariable_Check(args[i]));
+  const Py_ssize_t length = direct ? PyList_GET_SIZE(list) : 0;
+  for (Py_ssize_t i = 0; i < length; ++i)
+    direct = direct && THPVariable_Check(PyList_GET_ITEM(list, i));
+  if (!direct) Py_RETURN_NOTIMPLEMENTED;
+
+  constexpr std::array<std::pair<int, const char*>, 4> kFlags = {
+      {{6, "has_biases"}, {8, "bidirectional"}, {9, "batch_first"}, {11, "training"}}};
+  for (const auto& [i, name] : kFlags)
+    TORCH_CHECK_TYPE(PyBool_Check(args[i]), "recurrent: ", name, " must be bool, not ",
+                     Py_TYPE(args[i])->tp_name);
+  c10::SmallVector<at::Tensor, 16> params;
+  for (Py_ssize_t i = 0; i < length; ++i)
+    params.push_back(THPVariable_Unpack(PyList_GET_ITEM(list, i)));
+  const Options options{CellKind(THPUtils_unpackLong(args[5])),
+                        args[6] == Py_True,
+                        THPUtils_unpackLong(args[7]),
+                        args[8] == Py_True,
+                        args[9] == Py_True,
+                        THPUtils_unpackDouble(args[10]),
+                        args[11] == Py_True};
+  const Inputs inputs{THPVariable_Unpack(args[0]), optional_tensor(args[1]),
+                      optional_tensor(args[2]), optional_tensor(args[3]), params};
+  ForwardResult result;
+  {
+    pybind11::gil_scoped_release no_gil;
+    result = call_recurrent(inputs, options, false);
+  }
+  THPObjectPtr tuple(PyTuple_New(3));
+  if (!tuple) throw python_error();
+  PyTuple_SET_ITEM(tuple.get(), 0, THPVariable_Wrap(std::move(std::get<0>(result))));
+  PyTuple_SET_ITEM(tuple.get(), 1, THPVariable_Wrap(std::move(std::get<1>(result))));
+  PyTuple_SET_ITEM(tuple.get(), 2, THPVariable_Wrap(std::move(std::get<2>(result))));
+  return tuple.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef recurrent_method = {"recurrent", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recurrent)),
+                                METH_FASTCALL,
+                                "torch.ops.rnn_ext.recurrent by the short way; NotImplemented "
+                                "where only the long way will do."};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and machine information of rnn_ext; importing it registers torch.ops.rnn_ext.";
+  m.add_object("recurrent",
+               py::reinterpret_steal<py::object>(PyCFunction_New(&recurrent_method, nullptr)));
   m.def("build_info", &build_info);
   m.def("cpu_info", &cpu_info);
   m.def(

@@ -90,6 +90,14 @@ Rounding rounding_of(at::ScalarType dtype) {
                                 : Rounding::kNone;
 }
 
+// The kept output of a layer in the layout of the operator's output.
+at::Tensor layer_output(const Problem& p, const at::Tensor& reserve, int64_t layer) {
+  const at::Tensor flat = reserve.narrow(0, p.layer_output_offset(layer), p.layer_output_size());
+  if (p.packed) return flat.view({p.shape.rows(), p.output_width()});
+  const at::Tensor steps = flat.view({p.shape.steps, p.shape.batch, p.output_width()});
+  return p.options.batch_first ? steps.transpose(0, 1) : steps;
+}
+
 template <class T>
 ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve) {
   const Options& o = p.options;
@@ -104,11 +112,11 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
   at::Tensor c_n = o.is_lstm() ? at::empty({slots, B, H}, wide) : at::empty({0}, wide);
   at::Tensor reserve = at::empty({save_reserve ? p.reserve_size() : 0}, wide);
   if (B > 0) {
-    // Inputs of the layers above the first. In training they are part of the reserve, except for
-    // what dropout leaves of them, which backward derives again.
+    // Outputs of the layers. In training they are part of the reserve (what dropout leaves of them
+    // is not: backward derives it again), else only the last one outlives the call.
     at::Tensor inner[2], dropped;
     if (!save_reserve && o.num_layers > 1)
-      for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i) inner[i] = at::empty({p.inner_size()}, wide);
+      for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i) inner[i] = at::empty({p.layer_output_size()}, wide);
     const T* layer_input = nullptr;
     for (int64_t layer = 0; layer < o.num_layers; ++layer) {
       const bool last = layer == o.num_layers - 1;
@@ -118,10 +126,10 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
       call.linear_activations = linear_activations();
       call.x = layer == 0 ? step_rows<const T>(p, in.input.const_data_ptr<T>(), in.input.strides())
                           : dense_rows<const T>(p, layer_input);
-      T* y = last           ? output.mutable_data_ptr<T>()
-             : save_reserve ? reserve.mutable_data_ptr<T>() + p.inner_output_offset(layer)
-                            : inner[layer & 1].mutable_data_ptr<T>();
-      call.y = last ? step_rows<T>(p, y, output.strides()) : dense_rows<T>(p, y);
+      T* y = save_reserve ? reserve.mutable_data_ptr<T>() + p.layer_output_offset(layer)
+             : last       ? output.mutable_data_ptr<T>()
+                          : inner[layer & 1].mutable_data_ptr<T>();
+      call.y = last && !save_reserve ? step_rows<T>(p, y, output.strides()) : dense_rows<T>(p, y);
       for (int d = 0; d < o.directions(); ++d) {
         const int64_t slot = layer * o.directions() + d;
         call.weights[d] = weights_of<T>(in.params, p.param(layer, d));
@@ -136,13 +144,14 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
       layer_input = y;
       if (!last && o.drops()) {
         // Drawn like torch.nn draws it, so that the same seed drops the same values.
-        const at::Tensor from = at::from_blob(y, {p.inner_size()}, wide);
+        const at::Tensor from = at::from_blob(y, {p.layer_output_size()}, wide);
         const at::Tensor mask = draw_dropout_mask(from, o.dropout);
-        if (save_reserve) reserve.narrow(0, p.mask_offset(layer), p.inner_size()).copy_(mask);
+        if (save_reserve) reserve.narrow(0, p.mask_offset(layer), p.layer_output_size()).copy_(mask);
         dropped = from * mask;
         layer_input = dropped.const_data_ptr<T>();
       }
     }
+    if (save_reserve) output.copy_(layer_output(p, reserve, o.num_layers - 1));
   }
   if (dtype == compute) return {output, h_n, c_n, reserve};
   return {output.to(dtype), h_n.to(dtype), c_n.to(dtype), reserve};
@@ -179,13 +188,12 @@ struct Wanted {
 
 template <class T>
 std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const Problem& p,
-                                 const Inputs& inputs, const at::Tensor& output_,
-                                 const at::Tensor& reserve, const Wanted& wanted) {
+                                 const Inputs& inputs, const at::Tensor& reserve,
+                                 const Wanted& wanted) {
   const Options& o = p.options;
   const at::ScalarType dtype = inputs.input.scalar_type(), compute = at::toOpMathType(dtype);
   const at::TensorOptions wide = inputs.input.options().dtype(compute);
   const Operands in(inputs, compute);
-  const at::Tensor output = readable(output_, compute);
   const int64_t R = p.shape.state_size(), H = p.shape.hidden_size, B = p.shape.batch;
   const int64_t slots = o.num_layers * o.directions();
   const at::Tensor dy =
@@ -202,6 +210,8 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
     return asked ? results.back().mutable_data_ptr<T>() : nullptr;
   };
   T* dx = result(wanted.state[0], inputs.input.sizes());
+  if (dx && p.packed && inputs.input.size(0) > p.shape.rows())  // rows that no step reads
+    results[0].narrow(0, p.shape.rows(), inputs.input.size(0) - p.shape.rows()).zero_();
   T* dh_0 = result(wanted.state[1], {slots, B, R});
   T* dc_0 = result(wanted.state[2] && o.is_lstm(), {slots, B, H});
   std::vector<T*> dparams;
@@ -227,24 +237,22 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
       call.x = step_rows<const T>(p, in.input.const_data_ptr<T>(), in.input.strides());
       if (dx) call.dx = step_rows<T>(p, dx, results[0].strides());
     } else {
-      const T* x = saved + p.inner_output_offset(layer - 1);
+      const T* x = saved + p.layer_output_offset(layer - 1);
       if (o.drops()) {
-        dropped = reserve.narrow(0, p.inner_output_offset(layer - 1), p.inner_size()) *
-                  reserve.narrow(0, p.mask_offset(layer - 1), p.inner_size());
+        dropped = reserve.narrow(0, p.layer_output_offset(layer - 1), p.layer_output_size()) *
+                  reserve.narrow(0, p.mask_offset(layer - 1), p.layer_output_size());
         x = dropped.const_data_ptr<T>();
       }
       call.x = dense_rows<const T>(p, x);
     }
-    if (last) {
-      call.y = step_rows<const T>(p, output.const_data_ptr<T>(), output.strides());
-      if (dy.defined()) call.dy = step_rows<const T>(p, dy.const_data_ptr<T>(), dy.strides());
-    } else {
-      call.y = dense_rows<const T>(p, saved + p.inner_output_offset(layer));
+    call.y = dense_rows<const T>(p, saved + p.layer_output_offset(layer));
+    if (!last)
       call.dy = dense_rows<const T>(p, from_above.const_data_ptr<T>());
-    }
+    else if (dy.defined())
+      call.dy = step_rows<const T>(p, dy.const_data_ptr<T>(), dy.strides());
     at::Tensor to_below;
     if (layer > 0 && below) {
-      to_below = at::empty({p.inner_size()}, wide);
+      to_below = at::empty({p.layer_output_size()}, wide);
       call.dx = dense_rows<T>(p, to_below.mutable_data_ptr<T>());
     }
     for (int d = 0; d < o.directions(); ++d) {
@@ -266,7 +274,7 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
     }
     run_call(call, plan_call<T>(call.shape, true, max_threads()));
     if (layer > 0 && below) {
-      if (o.drops()) to_below.mul_(reserve.narrow(0, p.mask_offset(layer - 1), p.inner_size()));
+      if (o.drops()) to_below.mul_(reserve.narrow(0, p.mask_offset(layer - 1), p.layer_output_size()));
       from_above = to_below;
     }
   }
@@ -279,8 +287,8 @@ std::vector<at::Tensor> recurrent_backward_cpu(
     const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
     const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
     const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
-    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output,
-    const at::Tensor& reserve, int64_t cell, bool has_biases, int64_t num_layers,
+    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& reserve,
+    int64_t cell, bool has_biases, int64_t num_layers,
     bool bidirectional, bool batch_first, double dropout, bool training,
     c10::List<bool> output_mask) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
@@ -288,9 +296,9 @@ std::vector<at::Tensor> recurrent_backward_cpu(
                                  batch_first, dropout, training});
   TORCH_CHECK(output_mask.size() == 3 + params.size(), "output_mask must have ",
               3 + params.size(), " entries, got ", output_mask.size());
-  TORCH_CHECK(output.sizes() == at::IntArrayRef(problem.output_sizes()) &&
-                  reserve.numel() == problem.reserve_size(),
-              "output or reserve is not the one of this call's forward");
+  TORCH_CHECK(reserve.numel() == problem.reserve_size(),
+              "reserve is not the one of this call's forward: expected ", problem.reserve_size(),
+              " elements, got ", reserve.numel());
   const auto check_grad = [](const std::optional<at::Tensor>& g, at::IntArrayRef sizes) {
     if (!g || !g->defined()) return at::Tensor();
     TORCH_CHECK(g->sizes() == sizes, "gradient must have size ", sizes, ", got ", g->sizes());
@@ -299,15 +307,15 @@ std::vector<at::Tensor> recurrent_backward_cpu(
   const SequenceShape& s = problem.shape;
   const int64_t slots = num_layers * s.directions;
   const std::array<at::Tensor, 3> grads = {
-      check_grad(grad_output, output.sizes()),
+      check_grad(grad_output, problem.output_sizes()),
       check_grad(grad_h_n, {slots, s.batch, s.state_size()}),
       s.cell == CellKind::kLstm ? check_grad(grad_c_n, {slots, s.batch, s.hidden_size})
                                 : at::Tensor()};
   Wanted wanted{{output_mask[0], output_mask[1], output_mask[2]}, {}, problem};
   for (size_t i = 3; i < output_mask.size(); ++i) wanted.params.push_back(output_mask[i]);
   if (at::toOpMathType(input.scalar_type()) == at::kDouble)
-    return backward<double>(grads, problem, inputs, output, reserve, wanted);
-  return backward<float>(grads, problem, inputs, output, reserve, wanted);
+    return backward<double>(grads, problem, inputs, reserve, wanted);
+  return backward<float>(grads, problem, inputs, reserve, wanted);
 }
 
 }  // namespace
@@ -329,7 +337,7 @@ std::vector<at::Tensor> dropout_masks(const Problem& p, const at::Tensor& reserv
   std::vector<at::Tensor> masks;
   if (p.options.drops())
     for (int64_t layer = 0; layer + 1 < p.options.num_layers; ++layer)
-      masks.push_back(reserve.narrow(0, p.mask_offset(layer), p.inner_size())
+      masks.push_back(reserve.narrow(0, p.mask_offset(layer), p.layer_output_size())
                           .view({p.shape.rows(), p.output_width()}));
   return masks;
 }
@@ -344,8 +352,8 @@ ForwardResult call_recurrent(const Inputs& in, const Options& o, bool save_reser
 }
 
 std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>& grads,
-                                                const Inputs& in, const at::Tensor& output,
-                                                const at::Tensor& reserve, const Options& o,
+                                                const Inputs& in, const at::Tensor& reserve,
+                                                const Options& o,
                                                 const std::array<bool, 3>& state_mask,
                                                 const std::vector<bool>& param_mask) {
   static const auto op = c10::Dispatcher::singleton()
@@ -359,7 +367,7 @@ std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>&
     return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
   };
   return op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), in.input,
-                 in.batch_sizes, in.h_0, in.c_0, in.params, output, reserve, int64_t(o.cell),
+                 in.batch_sizes, in.h_0, in.c_0, in.params, reserve, int64_t(o.cell),
                  o.has_biases, o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training,
                  mask);
 }
@@ -378,7 +386,7 @@ TORCH_LIBRARY(rnn_ext, m) {
   // output_mask says that one is not wanted.
   m.def(
       "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
-      "Tensor? batch_sizes, Tensor? h_0, Tensor? c_0, Tensor[] params, Tensor output, "
+      "Tensor? batch_sizes, Tensor? h_0, Tensor? c_0, Tensor[] params, "
       "Tensor reserve, int cell, bool has_biases, int num_layers, bool bidirectional, "
       "bool batch_first, float dropout, bool training, bool[] output_mask) -> Tensor[]");
 }

@@ -20,12 +20,34 @@ std::string tuple(at::IntArrayRef sizes) {
 }
 
 std::string dtype_name(const at::Tensor& t) {
-  std::string name = c10::toString(t.scalar_type());
-  if (name == "Half") return "torch.float16";
-  if (name == "Float") return "torch.float32";
-  if (name == "Double") return "torch.float64";
-  for (char& c : name) c = char(std::tolower(c));
-  return "torch." + name;
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return "torch.float32";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kHalf:
+      return "torch.float16";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kLong:
+      return "torch.int64";
+    case at::kInt:
+      return "torch.int32";
+    case at::kShort:
+      return "torch.int16";
+    case at::kChar:
+      return "torch.int8";
+    case at::kByte:
+      return "torch.uint8";
+    case at::kBool:
+      return "torch.bool";
+    case at::kComplexFloat:
+      return "torch.complex64";
+    case at::kComplexDouble:
+      return "torch.complex128";
+    default:
+      return c10::toString(t.scalar_type());
+  }
 }
 
 void check_param(const at::Tensor& p, const char* name, int64_t layer, at::IntArrayRef expected,
@@ -100,7 +122,7 @@ void Problem::check_params(const Inputs& inputs) {
 void Problem::check_input(const Inputs& inputs) {
   const at::Tensor& input = inputs.input;
   const at::Tensor& weight = inputs.params[0];
-  TORCH_CHECK_VALUE(input.scalar_type() == weight.scalar_type(), "RNN input dtype (",
+  TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "RNN input dtype (",
                     dtype_name(input), ") does not match weight dtype (", dtype_name(weight),
                     "). Convert input: input.to(", dtype_name(weight),
                     "), or convert model: model.to(", dtype_name(input), ")");
@@ -122,22 +144,23 @@ void Problem::check_input(const Inputs& inputs) {
   TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.device().is_cpu(),
               "batch_sizes must be a 1-D int64 tensor on the CPU, got a ", sizes.dim(),
               "-D tensor of ", dtype_name(sizes), " on ", sizes.device());
-  TORCH_CHECK(sizes.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
   batch_sizes_ = sizes.contiguous();
-  shape.steps = sizes.size(0);
   shape.batch_sizes = batch_sizes_.const_data_ptr<int64_t>();
-  shape.batch = shape.batch_sizes[0];
-  offsets_.resize(size_t(shape.steps) + 1);
-  for (int64_t t = 0; t < shape.steps; ++t) {
+  shape.batch = sizes.size(0) > 0 ? shape.batch_sizes[0] : 0;
+  offsets_.push_back(0);
+  for (int64_t t = 0; t < sizes.size(0); ++t) {
     const int64_t rows = shape.batch_sizes[t];
-    TORCH_CHECK(rows > 0, "batch_sizes must be positive, got ", rows, " at step ", t);
+    TORCH_CHECK(rows >= 0, "batch_sizes must not be negative, got ", rows, " at step ", t);
     TORCH_CHECK(t == 0 || rows <= shape.batch_sizes[t - 1],
                 "batch_sizes must not increase, got ", rows, " after ",
                 t ? shape.batch_sizes[t - 1] : 0, " at step ", t);
-    offsets_[size_t(t) + 1] = offsets_[size_t(t)] + rows;
+    if (rows == 0) continue;  // torch.nn lets steps without rows stand at the end
+    offsets_.push_back(offsets_.back() + rows);
   }
+  shape.steps = int64_t(offsets_.size()) - 1;
   shape.offsets = offsets_.data();
-  TORCH_CHECK(offsets_.back() == input.size(0), "batch_sizes must sum to input.size(0), ",
+  TORCH_CHECK(sizes.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
+  TORCH_CHECK(offsets_.back() <= input.size(0), "batch_sizes must sum to at most input.size(0), ",
               input.size(0), ", got ", offsets_.back());
 }
 
@@ -191,11 +214,11 @@ int64_t Problem::saved_offset(int64_t layer, int direction) const {
   const int64_t one = shape.rows() * num_saved(shape.cell) * padded(shape.hidden_size);
   return (layer * shape.directions + direction) * one;
 }
-int64_t Problem::inner_output_offset(int64_t layer) const {
-  return saved_offset(options.num_layers, 0) + layer * inner_size();
+int64_t Problem::layer_output_offset(int64_t layer) const {
+  return saved_offset(options.num_layers, 0) + layer * layer_output_size();
 }
 int64_t Problem::mask_offset(int64_t layer) const {
-  return inner_output_offset(options.num_layers - 1) + layer * inner_size();
+  return layer_output_offset(options.num_layers) + layer * layer_output_size();
 }
 int64_t Problem::reserve_size() const {
   return options.drops() ? mask_offset(options.num_layers - 1) : mask_offset(0);
