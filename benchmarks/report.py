@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -199,11 +200,9 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> None:
     figure, axes = plt.subplots(
         figsize=(2.2 + 0.95 * len(columns), 1.7 + 0.5 * len(lines)), layout="constrained"
     )
+    logarithm = torch.log2(grid)
     image = axes.imshow(
-        torch.log2(grid).numpy(),
-        aspect="auto",
-        cmap="RdYlGn",
-        norm=TwoSlopeNorm(0, vmin=-2, vmax=3.5),
+        logarithm.numpy(), aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(0, vmin=-2, vmax=3.5)
     )
     axes.set_xticks(range(len(columns)))
     axes.set_xticklabels(
@@ -217,15 +216,10 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> None:
     for y in range(len(lines)):
         for x in range(len(columns)):
             ratio = grid[y, x].item()
-            if ratio == ratio:
-                axes.text(
-                    x,
-                    y,
-                    f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                )
+            if not math.isnan(ratio):
+                text = f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
+                color = "white" if not -1.4 < logarithm[y, x] < 2.4 else "black"
+                axes.text(x, y, text, ha="center", va="center", fontsize=9, color=color)
     axes.set_title(title, fontsize=10)
     bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2, 3], pad=0.01)
     bar.ax.set_yticklabels(["¼x", "½x", "1x", "2x", "4x", "8x"], fontsize=8)

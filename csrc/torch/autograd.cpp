@@ -19,9 +19,12 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-bool any_has(at::TensorList tensors, c10::DispatchKey key) {
+// By torch.func.vmap, or by the older one behind is_grads_batched.
+bool any_batched(at::TensorList tensors) {
   for (const at::Tensor& t : tensors)
-    if (t.defined() && t.key_set().has(key)) return true;
+    if (t.defined() && (t.key_set().has(c10::DispatchKey::FuncTorchBatched) ||
+                        t.key_set().has(c10::DispatchKey::Batched)))
+      return true;
   return false;
 }
 
@@ -48,7 +51,7 @@ struct RecurrentBackward : torch::autograd::Node {
     const Inputs inputs{input.unpack(), unpacked(batch_sizes, has_batch_sizes),
                         unpacked(h_0, has_h_0), unpacked(c_0, has_c_0), weights};
     const at::Tensor kept = reserve.unpack();
-    if (at::GradMode::is_enabled() || any_has(grads, c10::DispatchKey::FuncTorchBatched))
+    if (at::GradMode::is_enabled() || any_batched(grads))
       return differentiable(grads, inputs, kept);
 
     const auto wanted = [&](size_t i) { return task_should_compute_output(i); };
