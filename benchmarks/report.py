@@ -217,12 +217,15 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> None:
         for x in range(len(columns)):
             ratio = grid[y, x].item()
             if not math.isnan(ratio):
-                text = f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
+                digits = 2 if ratio < 2 else 1 if ratio < 9.95 else 0
                 color = "white" if not -1.4 < logarithm[y, x] < 2.4 else "black"
-                axes.text(x, y, text, ha="center", va="center", fontsize=9, color=color)
+                axes.text(
+                    x, y, f"{ratio:.{digits}f}", ha="center", va="center", fontsize=9, color=color
+                )
     axes.set_title(title, fontsize=10)
     bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2, 3], pad=0.01)
     bar.ax.set_yticklabels(["¼x", "½x", "1x", "2x", "4x", "8x"], fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -346,6 +349,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{unhealthy} of {len(rows)} rows were measured while a core was away: "
             "repeat on a quiet machine, or with fewer --threads"
         )
+    if any(row.share > 1 for row in rows):
+        print(
+            "rows above 100% of the roofline: its limits were measured while the machine was busy, "
+            "the whole column is too high"
+        )
     if older is not None:
         print(f"\nagainst {arguments.compare} ({older['date']})")
         print("\n".join(compare_with(older, rows)))
@@ -359,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bars": [asdict(verdict) for verdict in verdicts],
             "wrong": wrong,
         }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.png and rows:
         title = (

@@ -29,9 +29,7 @@ inline constexpr int kMaxDirections = 2;
 // Arrays owned by the engine pad their innermost dimension to this many elements, for every
 // instruction set alike: a reserve written under one is readable under another.
 inline constexpr int64_t kPad = 16;
-RNN_EXT_SHARED_INLINE constexpr int64_t padded(int64_t n) {
-  return (n + kPad - 1) / kPad * kPad;
-}
+RNN_EXT_SHARED_INLINE constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 struct SequenceShape {
   CellKind cell = CellKind::kLstm;
@@ -46,10 +44,16 @@ struct SequenceShape {
   const int64_t* batch_sizes = nullptr;
   const int64_t* offsets = nullptr;
 
-  RNN_EXT_SHARED_INLINE int64_t state_size() const { return proj_size > 0 ? proj_size : hidden_size; }  // R
-  RNN_EXT_SHARED_INLINE int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+  RNN_EXT_SHARED_INLINE int64_t state_size() const {
+    return proj_size > 0 ? proj_size : hidden_size;
+  }  // R
+  RNN_EXT_SHARED_INLINE int64_t active(int64_t t) const {
+    return batch_sizes ? batch_sizes[t] : batch;
+  }
   // Row of (step t, batch row 0) when all rows are counted in time order.
-  RNN_EXT_SHARED_INLINE int64_t first_row(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  RNN_EXT_SHARED_INLINE int64_t first_row(int64_t t) const {
+    return offsets ? offsets[t] : t * batch;
+  }
   RNN_EXT_SHARED_INLINE int64_t rows() const { return first_row(steps); }  // N
 };
 
@@ -91,13 +95,13 @@ struct ForwardCall {
   Rounding rounding = Rounding::kNone;
   bool linear_activations = false;  // tests only: see cpu/activations.h
   DirectionWeights<T> weights[kMaxDirections];
-  StepRows<const T> x;                           // (T, B, I)
-  StepRows<T> y;                                 // (T, B, D*R), direction d in columns d*R..
-  const T* h_0[kMaxDirections] = {};             // (B, R) contiguous, null means zeros
-  const T* c_0[kMaxDirections] = {};             // (B, H) likewise
-  T* h_n[kMaxDirections] = {};                   // (B, R) contiguous
-  T* c_n[kMaxDirections] = {};                   // (B, H)
-  T* reserve[kMaxDirections] = {};               // (N, num_saved, padded(H)), null in inference
+  StepRows<const T> x;                // (T, B, I)
+  StepRows<T> y;                      // (T, B, D*R), direction d in columns d*R..
+  const T* h_0[kMaxDirections] = {};  // (B, R) contiguous, null means zeros
+  const T* c_0[kMaxDirections] = {};  // (B, H) likewise
+  T* h_n[kMaxDirections] = {};        // (B, R) contiguous
+  T* c_n[kMaxDirections] = {};        // (B, H)
+  T* reserve[kMaxDirections] = {};    // (N, num_saved, padded(H)), null in inference
 };
 
 template <class T>
@@ -117,14 +121,14 @@ struct BackwardCall {
   SequenceShape shape;
   bool linear_activations = false;
   DirectionWeights<T> weights[kMaxDirections];
-  StepRows<const T> x;                      // (T, B, I)
-  StepRows<const T> y;                      // (T, B, D*R), as forward wrote it
-  StepRows<const T> dy;                     // (T, B, D*R), null data means zeros
-  StepRows<T> dx;                           // (T, B, I), null data: not asked for
-  const T* h_0[kMaxDirections] = {};        // (B, R), null means zeros
-  const T* dh_n[kMaxDirections] = {};       // (B, R), null means zeros
-  const T* dc_n[kMaxDirections] = {};       // (B, H), null means zeros
-  const T* reserve[kMaxDirections] = {};    // (N, num_saved, padded(H)), read only
+  StepRows<const T> x;                    // (T, B, I)
+  StepRows<const T> y;                    // (T, B, D*R), as forward wrote it
+  StepRows<const T> dy;                   // (T, B, D*R), null data means zeros
+  StepRows<T> dx;                         // (T, B, I), null data: not asked for
+  const T* h_0[kMaxDirections] = {};      // (B, R), null means zeros
+  const T* dh_n[kMaxDirections] = {};     // (B, R), null means zeros
+  const T* dc_n[kMaxDirections] = {};     // (B, H), null means zeros
+  const T* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
   DirectionGradients<T> gradients[kMaxDirections];
 };
 

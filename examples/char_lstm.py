@@ -213,6 +213,7 @@ def plot(runs: dict[str, Run], times: dict[str, dict[str, float]], path: Path) -
         panel.set(
             title=f"{what}\n{values['torch.nn'] / values['rnn_ext']:.2f}x faster", ylabel="ms"
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -236,7 +237,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--characters", type=int, help="characters to sample (default: 1000; quick: 200)")
     add("--threads", type=int, help="for both libraries (default: torch's own setting)")
     add("--seed", type=int, default=0, help="of weights, batches, sampling (default: %(default)s)")
-    add("--plot", type=Path, default=Path("char_lstm.png"), help="picture (default: %(default)s)")
+    add(
+        "--plot",
+        type=Path,
+        default=Path("out/char_lstm.png"),
+        help="picture (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     # What was not asked for follows --quick.
     for name, full, quick in (("steps", 600, 150), ("hidden", 256, 128), ("characters", 1000, 200)):

@@ -1,4 +1,4 @@
-"""Shapes of the operators' results without running them: for torch.compile, export and meta tensors."""
+"""Shapes of the operators' results without running them: for torch.compile and export."""
 
 from __future__ import annotations
 

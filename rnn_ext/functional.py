@@ -8,11 +8,10 @@ R = ``proj_size`` of an LSTM that has one, else H:
 - ``params``: flat list in the order of ``torch.nn.RNNBase._flat_weights``: for each layer and
   direction weight_ih (G*H, I or D*R), weight_hh (G*H, R), then bias_ih and bias_hh (G*H) with
   ``bias``, then weight_hr (R, H) for an LSTM with projection. G is 1, 4 or 3 for RNN, LSTM, GRU.
-- result: output (T, B, D*R) in the layout of ``input``, and the final state in the layout of ``hx``.
+- result: output (T, B, D*R) in the layout of ``input``, and the final state in that of ``hx``.
 
-All tensors share one dtype (float32, float64, bfloat16, float16) and device. Raises ``RuntimeError``
-for sizes, dtypes or devices that do not fit, ``ValueError`` when input and weights differ in dtype,
-as torch.nn does. The equations are in docs/math.md.
+All tensors share one dtype (float32, float64, bfloat16, float16) and one device; ``RuntimeError``
+for sizes, dtypes or devices that do not fit. The equations are in docs/math.md.
 """
 
 from __future__ import annotations

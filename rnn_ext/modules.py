@@ -1,4 +1,4 @@
-"""Drop-in modules: same constructor, forward, state_dict and errors as the torch.nn class of the name.
+"""Drop-in modules: constructor, forward, state_dict and errors of the torch.nn class of the name.
 
 They subclass torch.nn's, so ``isinstance(m, torch.nn.LSTM)`` holds, and only ``forward`` is theirs.
 What a call outside the kernels needs (a device other than the CPU, a tensor subclass) goes to
@@ -91,8 +91,8 @@ class _Recurrent(nn.RNNBase):
                 input = PackedSequence(input, batch_sizes)
             return self._torch_forward(input, hx)
         except RuntimeError:
-            # Bad arguments: torch's own checks go first, for their types and wording. (Its LSTM does
-            # not check packed input without a state.)
+            # Bad arguments: torch's own checks go first, for their types and wording. (Its LSTM
+            # does not check packed input without a state.)
             if not (lstm and batch_sizes is not None and h_0 is None):
                 self.check_input(input, batch_sizes)
             raise

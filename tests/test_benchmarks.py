@@ -344,6 +344,13 @@ def test_report_says_when_rows_are_unhealthy(quiet_report, capsys):
     assert "1 of 2 rows were measured while a core was away" in capsys.readouterr().out
 
 
+def test_report_says_when_the_limits_cannot_be_right(quiet_report, capsys):
+    quiet_report([row(SMALL)], [])
+    assert "above 100%" not in capsys.readouterr().out
+    quiet_report([replace(row(SMALL), floor=1.1e-3)], [])
+    assert "above 100%" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("selected", [cases.select(), [STEP], [SMALL]], ids=["all", "step", "one"])
 def test_heat_map_is_drawn(tmp_path, selected):
     picture = tmp_path / "heat.png"

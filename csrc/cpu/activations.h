@@ -13,10 +13,10 @@ struct ExpConstants<float> {
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2Hi = 0.693359375f;  // few bits: n * kLn2Hi is exact
   static constexpr float kLn2Lo = -2.12194440e-4f;
-  static constexpr float kExpMin = -104.0f;    // exp is 0 from here down
+  static constexpr float kExpMin = -104.0f;  // exp is 0 from here down
   static constexpr float kTanhMin = -30.0f;  // of -2|x|: tanh is 1 from here down
   static constexpr int kMantissaBits = 23, kExponentBias = 127;
-  static constexpr int kTerms = 8;             // of the Taylor series on |r| <= ln(2)/2
+  static constexpr int kTerms = 8;  // of the Taylor series on |r| <= ln(2)/2
 };
 template <>
 struct ExpConstants<double> {
@@ -130,9 +130,7 @@ struct VectorMath {
     return linear ? x * T(0.25) + T(0.5) : RNN_EXT_ISA::sigmoid<T>(x);
   }
   RNN_EXT_INLINE V tanh(V x) const { return linear ? x : RNN_EXT_ISA::tanh<T>(x); }
-  RNN_EXT_INLINE V sigmoid_grad(V s) const {
-    return linear ? splat<T>(T(0.25)) : s * (one() - s);
-  }
+  RNN_EXT_INLINE V sigmoid_grad(V s) const { return linear ? splat<T>(T(0.25)) : s * (one() - s); }
   RNN_EXT_INLINE V tanh_grad(V y) const { return linear ? one() : one() - y * y; }
   // NaN passes through both, as in torch: a comparison with it is false.
   RNN_EXT_INLINE V relu(V x) const { return x < T(0) ? zero() : x; }

@@ -36,15 +36,15 @@ struct BackwardPass {
   };
 
   struct Direction {
-    T* w_hh;       // panels of (G*H, R)
-    T* w_ih;       // panels of (G*H, I), only for dx
-    T* w_hr;       // panels of (P, H)
-    T* dgx[2];     // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last
-    T* dgh[2];     // of their recurrent side; the same array unless the cell tells them apart
-    T* carry;      // (B, padded(R)): dL/dh on its way to the next position, without the product
-    T* dc;         // (B, padded(H))
-    T* dh;         // (chunk rows, padded(P)): dL/dh after the projection
-    T* output;     // (chunk rows, padded(H)): h before the projection
+    T* w_hh;    // panels of (G*H, R)
+    T* w_ih;    // panels of (G*H, I), only for dx
+    T* w_hr;    // panels of (P, H)
+    T* dgx[2];  // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last
+    T* dgh[2];  // of their recurrent side; the same array unless the cell tells them apart
+    T* carry;   // (B, padded(R)): dL/dh on its way to the next position, without the product
+    T* dc;      // (B, padded(H))
+    T* dh;      // (chunk rows, padded(P)): dL/dh after the projection
+    T* output;  // (chunk rows, padded(H)): h before the projection
     WeightGradient ih, hh, hr;
   };
 
@@ -213,7 +213,8 @@ struct BackwardPass {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < width; i += kLanes<T>) {
         T* to = tile + r * width + i;
-        store(to, r < earlier ? load(carry + r * stride + i) + load(to) : load(carry + r * stride + i));
+        store(to,
+              r < earlier ? load(carry + r * stride + i) + load(to) : load(carry + r * stride + i));
       }
     }
     // Rows that have no step here are on their way out: what is left is their dL/dh_0.
@@ -282,8 +283,7 @@ struct BackwardPass {
     }
     UnitBackward<Vec<T>> u = {};
     u.dh = dh;
-    if constexpr (Cell::kReadsOutput)
-      u.h = load_upto(call.y.at(shape, t, b) + d * H + unit, rest);
+    if constexpr (Cell::kReadsOutput) u.h = load_upto(call.y.at(shape, t, b) + d * H + unit, rest);
     if constexpr (Cell::kReadsPreviousOutput) {
       const T* h_prev = previous_h(d, t, b);
       if (h_prev) u.h_prev = load_upto(h_prev + unit, rest);
@@ -304,9 +304,12 @@ struct BackwardPass {
   void pack_chunk(Member& team, int64_t s, int64_t end) const {
     const int64_t gate_blocks = blocks_of(gate_rows, kBlock);
     const int64_t projection_blocks = blocks_of(shape.proj_size, kBlock);
-    const int64_t counts[] = {gate_blocks,           gate_blocks,
-                              projection_blocks,     input_columns.panels(),
-                              state_columns.panels(), hidden_columns.panels()};
+    const int64_t counts[] = {gate_blocks,
+                              gate_blocks,
+                              projection_blocks,
+                              input_columns.panels(),
+                              state_columns.panels(),
+                              hidden_columns.panels()};
     int64_t jobs = 0;
     for (int64_t count : counts) jobs += count;
     team.for_each(shape.directions * jobs, [&](int64_t job) {
@@ -320,8 +323,8 @@ struct BackwardPass {
       switch (kind) {
         case 0: {
           const bool both = !Cell::kSplitsGradient;
-          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.ih.left,
-                    both ? w.hh.left : nullptr, gate_rows);
+          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.ih.left, both ? w.hh.left : nullptr,
+                    gate_rows);
           return sum_rows(w.dgx[slot(s)], range.rows, i, s == 0, g.b_ih, both ? g.b_hh : nullptr);
         }
         case 1:
@@ -332,13 +335,11 @@ struct BackwardPass {
           return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left, nullptr,
                            shape.proj_size);
         case 3:
-          return pack_right(range, i, w.ih, [&](int64_t, int64_t t, int64_t b) {
-            return call.x.at(shape, t, b);
-          });
+          return pack_right(range, i, w.ih,
+                            [&](int64_t, int64_t t, int64_t b) { return call.x.at(shape, t, b); });
         case 4:
-          return pack_right(range, i, w.hh, [&](int64_t, int64_t t, int64_t b) {
-            return previous_h(d, t, b);
-          });
+          return pack_right(range, i, w.hh,
+                            [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); });
         case 5:
           return pack_right(range, i, w.hr, [&](int64_t row, int64_t, int64_t) {
             return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);

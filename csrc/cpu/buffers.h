@@ -88,9 +88,7 @@ void for_rows(const SequenceShape& shape, const StepRange& range, int64_t begin,
   }
 }
 
-inline int64_t blocks_of(int64_t rows, int64_t block) {
-  return (rows + block - 1) / block;
-}
+inline int64_t blocks_of(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
 
 template <class T>
 inline void copy_row(T* to, const T* from, int64_t n) {

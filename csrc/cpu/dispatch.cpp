@@ -61,9 +61,7 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-const Kernels& current_kernels() {
-  return *selected().load(std::memory_order_relaxed);
-}
+const Kernels& current_kernels() { return *selected().load(std::memory_order_relaxed); }
 
 bool select_isa(const std::string& name) {
   for (const Kernels* kernels : runnable_kernels()) {
@@ -96,11 +94,11 @@ void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner 
   run_team<BackwardCall<T>>(current_kernels().of<T>().backward, call, plan, workspace, runner);
 }
 
-#define RNN_EXT_INSTANTIATE(T)                                              \
-  template Plan plan_call<T>(const SequenceShape&, bool, int);              \
-  template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);   \
-  template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&);  \
-  template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner);  \
+#define RNN_EXT_INSTANTIATE(T)                                             \
+  template Plan plan_call<T>(const SequenceShape&, bool, int);             \
+  template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);  \
+  template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&); \
+  template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner); \
   template void run<T>(const BackwardCall<T>&, const Plan&, void*, Runner);
 RNN_EXT_INSTANTIATE(float)
 RNN_EXT_INSTANTIATE(double)

@@ -83,12 +83,12 @@ struct ForwardPass {
 
   struct Direction {
     Matrix input, recurrent;
-    T* projection;  // panels of W_hr^T
-    T* x;           // (chunk rows, padded(I)): gathered input
-    T* gx;          // (chunk rows, width)
-    T* h[2];        // (B, padded(R)): h_{t-1} and h_t, alternating
-    T* c;           // (B, padded(H))
-    T* unprojected; // (B, padded(H))
+    T* projection;   // panels of W_hr^T
+    T* x;            // (chunk rows, padded(I)): gathered input
+    T* gx;           // (chunk rows, width)
+    T* h[2];         // (B, padded(R)): h_{t-1} and h_t, alternating
+    T* c;            // (B, padded(H))
+    T* unprojected;  // (B, padded(H))
   };
 
   const ForwardCall<T>& call;
@@ -116,19 +116,25 @@ struct ForwardPass {
       Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
       const bool pack = plan.packed_weights;
-      w.input = {columns, depth_x, from.w_ih, from.ld_ih,
-                 pack ? arena.take<T>(width * depth_x) : nullptr, arena.take<T>(width)};
-      w.recurrent = {columns, depth_h, from.w_hh, from.ld_hh,
-                     pack ? arena.take<T>(width * depth_h) : nullptr, arena.take<T>(width)};
+      w.input = {columns,
+                 depth_x,
+                 from.w_ih,
+                 from.ld_ih,
+                 pack ? arena.take<T>(width * depth_x) : nullptr,
+                 arena.take<T>(width)};
+      w.recurrent = {columns,
+                     depth_h,
+                     from.w_hh,
+                     from.ld_hh,
+                     pack ? arena.take<T>(width * depth_h) : nullptr,
+                     arena.take<T>(width)};
       w.x = gather ? arena.take<T>(rows * x_stride) : nullptr;
       w.gx = arena.take<T>(rows * width);
       for (T*& h : w.h) h = arena.take<T>(shape.batch * padded(depth_h));
       w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
       const bool project = shape.proj_size > 0;
-      w.projection =
-          project ? arena.take<T>(projection_columns.size(shape.hidden_size)) : nullptr;
-      w.unprojected =
-          project ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
+      w.projection = project ? arena.take<T>(projection_columns.size(shape.hidden_size)) : nullptr;
+      w.unprojected = project ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
     }
     workspace_bytes = arena.used();
   }
@@ -187,11 +193,12 @@ struct ForwardPass {
         const int d = int(job / blocks);
         const StepRange range = range_at(shape, d == 1, s, end);
         const int64_t begin = job % blocks * kMaxRowBlock;
-        for_rows(shape, range, begin, block_end(begin, range), [&](int64_t row, int64_t t, int64_t b) {
-          T* to = directions[d].x + row * x_stride;
-          copy_row(to, call.x.at(shape, t, b), shape.input_size);
-          zero_row(to + shape.input_size, x_stride - shape.input_size);
-        });
+        for_rows(shape, range, begin, block_end(begin, range),
+                 [&](int64_t row, int64_t t, int64_t b) {
+                   T* to = directions[d].x + row * x_stride;
+                   copy_row(to, call.x.at(shape, t, b), shape.input_size);
+                   zero_row(to + shape.input_size, x_stride - shape.input_size);
+                 });
       });
     }
     const int64_t panels = columns.panels();

@@ -33,9 +33,8 @@ size_t forward_workspace(const ForwardCall<T>& call, const Plan& plan) {
 
 template <class T>
 void forward(const ForwardCall<T>& call, const Plan& plan, void* workspace, Member& team) {
-  with_cell(call.shape.cell, [&](auto cell) {
-    ForwardPass<T, decltype(cell)>(call, plan, workspace).run(team);
-  });
+  with_cell(call.shape.cell,
+            [&](auto cell) { ForwardPass<T, decltype(cell)>(call, plan, workspace).run(team); });
 }
 
 template <class T>
@@ -47,9 +46,8 @@ size_t backward_workspace(const BackwardCall<T>& call, const Plan& plan) {
 
 template <class T>
 void backward(const BackwardCall<T>& call, const Plan& plan, void* workspace, Member& team) {
-  with_cell(call.shape.cell, [&](auto cell) {
-    BackwardPass<T, decltype(cell)>(call, plan, workspace).run(team);
-  });
+  with_cell(call.shape.cell,
+            [&](auto cell) { BackwardPass<T, decltype(cell)>(call, plan, workspace).run(team); });
 }
 
 template <class T, Vec<T> (*kFunction)(Vec<T>)>

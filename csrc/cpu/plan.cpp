@@ -16,9 +16,7 @@ constexpr int64_t kMaxRowBlock = 48;  // a multiple of every tile height
 constexpr int64_t kForwardChunkBytes = 512 * 1024;
 constexpr int64_t kBackwardChunkRows = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -44,8 +42,8 @@ Plan make_plan(const PlanInput& input) {
   plan.chunk_steps = std::clamp<int64_t>(plan.chunk_steps, 1, steps);
 
   // One step of one thread: the larger of arithmetic and reading the recurrent weights.
-  const double weights = double(gates) * s.hidden_size * s.state_size() +
-                         double(s.proj_size) * s.hidden_size;
+  const double weights =
+      double(gates) * s.hidden_size * s.state_size() + double(s.proj_size) * s.hidden_size;
   const double inputs = double(gates) * s.hidden_size * s.input_size;
   const double flops = 2.0 * (weights + inputs) * batch * s.directions * (input.backward ? 2 : 1);
   const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / input.element_bytes;
@@ -60,7 +58,8 @@ Plan make_plan(const PlanInput& input) {
   double best = alone;
   for (int threads = 2; threads <= std::min<int64_t>(input.max_threads, jobs); ++threads) {
     const double share = double(ceil_div(jobs, threads)) / double(jobs);
-    const double together = kTeamStartSeconds + (plan.step_seconds * share + kBarrierSeconds) * steps;
+    const double together =
+        kTeamStartSeconds + (plan.step_seconds * share + kBarrierSeconds) * steps;
     if (together < 0.85 * best) {
       best = together;
       plan.threads = threads;

@@ -120,10 +120,9 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<T> a, const T* pa
       multiply_tile<T, kRows, kVectors>(length, tile, a.row_stride, a.k_stride, panel + k * kWidth,
                                         init ? init + row * init_stride : nullptr, init_stride,
                                         out + row * out_stride, out_stride);
-    multiply_rest<T, kVectors, kRows - 1>(rows - row, length, tile, a.row_stride, a.k_stride,
-                                          panel + k * kWidth,
-                                          init ? init + row * init_stride : nullptr, init_stride,
-                                          out + row * out_stride, out_stride);
+    multiply_rest<T, kVectors, kRows - 1>(
+        rows - row, length, tile, a.row_stride, a.k_stride, panel + k * kWidth,
+        init ? init + row * init_stride : nullptr, init_stride, out + row * out_stride, out_stride);
     k += length;
     init = out;  // the next block of K continues the sums
     init_stride = out_stride;
@@ -152,9 +151,8 @@ void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<T> a, const T
 // the row of lane 0, `columns` (1..lanes) how many rows exist. Rows of A are readable and zero up
 // to padded(depth).
 template <class T>
-void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a,
-                       int64_t row_stride, const T* weights, int64_t ld, const T* init, T* out,
-                       int64_t out_stride) {
+void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a, int64_t row_stride,
+                       const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
   using V = Vec<T>;
   constexpr int kGroup = 4;  // weight rows at a time: enough independent sums
   const int64_t whole = depth / kLanes<T> * kLanes<T>;
@@ -176,8 +174,7 @@ void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a,
       if (whole < depth) {
         const V x = load(left + whole);
 #pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i)
-          group[i] += load_first(w[i] + whole, depth - whole) * x;
+        for (int i = 0; i < kGroup; ++i) group[i] += load_first(w[i] + whole, depth - whole) * x;
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kGroup; ++i)

@@ -41,8 +41,8 @@ class Team {
     std::atomic<uint64_t> value{0};
   };
   int members_;
-  Line done_;                // jobs finished since the start
-  Line tickets_[kMaxTeam];   // per owner: phase << 32 | jobs claimed in that phase
+  Line done_;               // jobs finished since the start
+  Line tickets_[kMaxTeam];  // per owner: phase << 32 | jobs claimed in that phase
 };
 
 class Member {

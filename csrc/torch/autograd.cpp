@@ -100,16 +100,15 @@ struct RecurrentBackward : torch::autograd::Node {
       index.push_back(i);
     }
     if (outputs.empty() || sources.empty()) return gradients;
-    const variable_list found =
-        torch::autograd::grad(outputs, sources, output_grads, /*retain_graph=*/true,
-                              create_graph, /*allow_unused=*/true);
+    const variable_list found = torch::autograd::grad(
+        outputs, sources, output_grads, /*retain_graph=*/true, create_graph, /*allow_unused=*/true);
     for (size_t i = 0; i < index.size(); ++i) gradients[index[i]] = found[i];
     return gradients;
   }
 };
 
-// torch 2.13 holds its nodes by intrusive_ptr, earlier versions by shared_ptr: the kind of pointer is
-// taken from an edge.
+// torch 2.13 holds its nodes by intrusive_ptr, earlier versions by shared_ptr: the kind of pointer
+// is taken from an edge.
 template <class N, class Base>
 std::shared_ptr<N> make_node(const std::shared_ptr<Base>&) {
   return std::make_shared<N>();
@@ -141,8 +140,8 @@ ForwardResult composite(const Inputs& inputs, const Options& options) {
   std::vector<at::Tensor> masks;
   if (options.drops()) {
     const Problem p(inputs, options);
-    const at::Tensor like = at::empty({p.shape.rows(), p.output_width()},
-                                      inputs.input.options().requires_grad(false));
+    const at::Tensor like =
+        at::empty({p.shape.rows(), p.output_width()}, inputs.input.options().requires_grad(false));
     for (int64_t layer = 0; layer + 1 < options.num_layers; ++layer)
       masks.push_back(draw_dropout_mask(like, options.dropout));
   }
@@ -157,9 +156,9 @@ ForwardResult recurrent_composite(const at::Tensor& input,
                                   int64_t cell, bool has_biases, int64_t num_layers,
                                   bool bidirectional, bool batch_first, double dropout,
                                   bool training, bool /*save_reserve*/) {
-  return composite({input, batch_sizes, h_0, c_0, params},
-                   {CellKind(cell), has_biases, num_layers, bidirectional, batch_first, dropout,
-                    training});
+  return composite(
+      {input, batch_sizes, h_0, c_0, params},
+      {CellKind(cell), has_biases, num_layers, bidirectional, batch_first, dropout, training});
 }
 
 ForwardResult recurrent_autograd(const at::Tensor& input,
@@ -173,9 +172,8 @@ ForwardResult recurrent_autograd(const at::Tensor& input,
   const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
                         batch_first,    dropout,    training};
   if (takes_composite(inputs)) return composite(inputs, options);
-  const bool track =
-      at::GradMode::is_enabled() &&
-      any_operand(inputs, [](const at::Tensor& t) { return t.requires_grad(); });
+  const bool track = at::GradMode::is_enabled() &&
+                     any_operand(inputs, [](const at::Tensor& t) { return t.requires_grad(); });
   ForwardResult result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -226,7 +224,9 @@ ForwardResult recurrent_autocast(const at::Tensor& input,
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const at::Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
+  const auto cast = [&](const at::Tensor& t) {
+    return at::autocast::cached_cast(dtype, t, device);
+  };
   const auto cast_optional = [&](const std::optional<at::Tensor>& t) {
     return t ? std::optional<at::Tensor>(cast(*t)) : std::nullopt;
   };
@@ -241,17 +241,11 @@ ForwardResult recurrent_autocast(const at::Tensor& input,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {
-  m.impl("recurrent", recurrent_autograd);
-}
+TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) { m.impl("recurrent", recurrent_autograd); }
 
 // torch.vmap: through the composite form, whose operations have batching rules.
-TORCH_LIBRARY_IMPL(rnn_ext, FuncTorchBatched, m) {
-  m.impl("recurrent", recurrent_composite);
-}
+TORCH_LIBRARY_IMPL(rnn_ext, FuncTorchBatched, m) { m.impl("recurrent", recurrent_composite); }
 
-TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) {
-  m.impl("recurrent", recurrent_autocast);
-}
+TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) { m.impl("recurrent", recurrent_autocast); }
 
 }  // namespace rnn_ext

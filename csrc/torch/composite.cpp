@@ -9,9 +9,7 @@ namespace {
 at::Tensor sigmoid_gate(const at::Tensor& x) {
   return linear_activations() ? x * 0.25 + 0.5 : at::sigmoid(x);
 }
-at::Tensor tanh_gate(const at::Tensor& x) {
-  return linear_activations() ? x : at::tanh(x);
-}
+at::Tensor tanh_gate(const at::Tensor& x) { return linear_activations() ? x : at::tanh(x); }
 
 struct State {
   at::Tensor h, c;

@@ -36,9 +36,9 @@ std::vector<std::string> built_isas() {
 
 void set_cpu_isa(const std::string& name, const char* what) {
   if (!select_isa(name))
-    throw py::value_error(std::string(what) + "='" + name +
-                          "' is not available on this machine; choose from: " +
-                          joined(available_isas()));
+    throw py::value_error(
+        std::string(what) + "='" + name +
+        "' is not available on this machine; choose from: " + joined(available_isas()));
 }
 
 CellKind cell_kind(const std::string& name) {
@@ -156,10 +156,11 @@ PyObject* recurrent(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef recurrent_method = {"recurrent", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recurrent)),
-                                METH_FASTCALL,
-                                "torch.ops.rnn_ext.recurrent by the short way; NotImplemented "
-                                "where only the long way will do."};
+PyMethodDef recurrent_method = {
+    "recurrent", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recurrent)),
+    METH_FASTCALL,
+    "torch.ops.rnn_ext.recurrent by the short way; NotImplemented "
+    "where only the long way will do."};
 
 }  // namespace
 
@@ -169,8 +170,7 @@ PYBIND11_MODULE(_C, m) {
                py::reinterpret_steal<py::object>(PyCFunction_New(&recurrent_method, nullptr)));
   m.def("build_info", &build_info);
   m.def("cpu_info", &cpu_info);
-  m.def(
-      "set_cpu_isa", [](const std::string& name) { set_cpu_isa(name, "isa"); }, py::arg("name"));
+  m.def("set_cpu_isa", [](const std::string& name) { set_cpu_isa(name, "isa"); }, py::arg("name"));
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1,
         py::arg("dtype") = "float32", py::arg("backward") = false, py::arg("threads") = 0);

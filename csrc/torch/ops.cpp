@@ -21,9 +21,7 @@ void run_on_torch_threads(int members, void (*body)(int, void*), void* context) 
   at::parallel_for(0, members, 1, [&](int64_t begin, int64_t) { body(int(begin), context); });
 }
 
-int max_threads() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-}
+int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 template <class Call>
 void run_call(const Call& call, const Plan& plan) {
@@ -63,10 +61,12 @@ StepRows<T> dense_rows(const Problem& p, U* data) {
 
 template <class T>
 DirectionWeights<T> weights_of(const std::vector<at::Tensor>& params, const ParamIndex& index) {
-  const auto data = [&](int64_t i) { return i < 0 ? nullptr : params[size_t(i)].const_data_ptr<T>(); };
+  const auto data = [&](int64_t i) {
+    return i < 0 ? nullptr : params[size_t(i)].const_data_ptr<T>();
+  };
   const auto ld = [&](int64_t i) { return i < 0 ? 0 : params[size_t(i)].stride(0); };
-  return {data(index.w_ih), data(index.w_hh), data(index.b_ih), data(index.b_hh), data(index.w_hr),
-          ld(index.w_ih),   ld(index.w_hh),   ld(index.w_hr)};
+  return {data(index.w_ih), data(index.w_hh), data(index.b_ih), data(index.b_hh),
+          data(index.w_hr), ld(index.w_ih),   ld(index.w_hh),   ld(index.w_hr)};
 }
 
 // Everything the engine reads, in the compute dtype; the tensors keep converted copies alive.
@@ -116,7 +116,8 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
     // is not: backward derives it again), else only the last one outlives the call.
     at::Tensor inner[2], dropped;
     if (!save_reserve && o.num_layers > 1)
-      for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i) inner[i] = at::empty({p.layer_output_size()}, wide);
+      for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i)
+        inner[i] = at::empty({p.layer_output_size()}, wide);
     const T* layer_input = nullptr;
     for (int64_t layer = 0; layer < o.num_layers; ++layer) {
       const bool last = layer == o.num_layers - 1;
@@ -146,7 +147,8 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
         // Drawn like torch.nn draws it, so that the same seed drops the same values.
         const at::Tensor from = at::from_blob(y, {p.layer_output_size()}, wide);
         const at::Tensor mask = draw_dropout_mask(from, o.dropout);
-        if (save_reserve) reserve.narrow(0, p.mask_offset(layer), p.layer_output_size()).copy_(mask);
+        if (save_reserve)
+          reserve.narrow(0, p.mask_offset(layer), p.layer_output_size()).copy_(mask);
         dropped = from * mask;
         layer_input = dropped.const_data_ptr<T>();
       }
@@ -163,8 +165,8 @@ ForwardResult recurrent_cpu(const at::Tensor& input, const std::optional<at::Ten
                             int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional,
                             bool batch_first, double dropout, bool training, bool save_reserve) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional,
-                                 batch_first, dropout, training});
+  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
+                                 dropout, training});
   if (at::toOpMathType(input.scalar_type()) == at::kDouble)
     return forward<double>(problem, inputs, save_reserve);
   return forward<float>(problem, inputs, save_reserve);
@@ -196,15 +198,14 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
   const Operands in(inputs, compute);
   const int64_t R = p.shape.state_size(), H = p.shape.hidden_size, B = p.shape.batch;
   const int64_t slots = o.num_layers * o.directions();
-  const at::Tensor dy =
-      grads[0].defined() ? readable(grads[0], compute) : at::Tensor();
+  const at::Tensor dy = grads[0].defined() ? readable(grads[0], compute) : at::Tensor();
   const std::optional<at::Tensor> dh_n = dense(grads[1], compute), dc_n = dense(grads[2], compute);
 
   // Results in the order input, h_0, c_0, parameters; empty where not asked for.
   std::vector<at::Tensor> results;
   results.reserve(3 + in.params.size());
   const auto result = [&](bool asked, at::IntArrayRef sizes) {
-    results.push_back(!asked ? at::empty({0}, wide)
+    results.push_back(!asked  ? at::empty({0}, wide)
                       : B > 0 ? at::empty(sizes, wide)
                               : at::zeros(sizes, wide));
     return asked ? results.back().mutable_data_ptr<T>() : nullptr;
@@ -274,7 +275,8 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
     }
     run_call(call, plan_call<T>(call.shape, true, max_threads()));
     if (layer > 0 && below) {
-      if (o.drops()) to_below.mul_(reserve.narrow(0, p.mask_offset(layer - 1), p.layer_output_size()));
+      if (o.drops())
+        to_below.mul_(reserve.narrow(0, p.mask_offset(layer - 1), p.layer_output_size()));
       from_above = to_below;
     }
   }
@@ -288,14 +290,13 @@ std::vector<at::Tensor> recurrent_backward_cpu(
     const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
     const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
     const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& reserve,
-    int64_t cell, bool has_biases, int64_t num_layers,
-    bool bidirectional, bool batch_first, double dropout, bool training,
-    c10::List<bool> output_mask) {
+    int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
+    double dropout, bool training, c10::List<bool> output_mask) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional,
-                                 batch_first, dropout, training});
-  TORCH_CHECK(output_mask.size() == 3 + params.size(), "output_mask must have ",
-              3 + params.size(), " entries, got ", output_mask.size());
+  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
+                                 dropout, training});
+  TORCH_CHECK(output_mask.size() == 3 + params.size(), "output_mask must have ", 3 + params.size(),
+              " entries, got ", output_mask.size());
   TORCH_CHECK(reserve.numel() == problem.reserve_size(),
               "reserve is not the one of this call's forward: expected ", problem.reserve_size(),
               " elements, got ", reserve.numel());
@@ -320,9 +321,7 @@ std::vector<at::Tensor> recurrent_backward_cpu(
 
 }  // namespace
 
-bool linear_activations() {
-  return g_linear_activations.load(std::memory_order_relaxed);
-}
+bool linear_activations() { return g_linear_activations.load(std::memory_order_relaxed); }
 void set_linear_activations(bool linear) {
   g_linear_activations.store(linear, std::memory_order_relaxed);
 }
@@ -346,9 +345,8 @@ ForwardResult call_recurrent(const Inputs& in, const Options& o, bool save_reser
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rnn_ext::recurrent", "")
                              .typed<decltype(recurrent_cpu)>();
-  return op.call(in.input, in.batch_sizes, in.h_0, in.c_0, in.params, int64_t(o.cell),
-                 o.has_biases, o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training,
-                 save_reserve);
+  return op.call(in.input, in.batch_sizes, in.h_0, in.c_0, in.params, int64_t(o.cell), o.has_biases,
+                 o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training, save_reserve);
 }
 
 std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>& grads,
@@ -367,9 +365,8 @@ std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>&
     return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
   };
   return op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), in.input,
-                 in.batch_sizes, in.h_0, in.c_0, in.params, reserve, int64_t(o.cell),
-                 o.has_biases, o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training,
-                 mask);
+                 in.batch_sizes, in.h_0, in.c_0, in.params, reserve, int64_t(o.cell), o.has_biases,
+                 o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training, mask);
 }
 
 TORCH_LIBRARY(rnn_ext, m) {

@@ -29,10 +29,10 @@ struct Options {
 };
 
 struct Inputs {
-  at::Tensor input;                        // (T, B, I), (B, T, I) or packed (N, I)
-  std::optional<at::Tensor> batch_sizes;   // (T) int64 on the CPU, packed data only
-  std::optional<at::Tensor> h_0, c_0;      // (L*D, B, R), (L*D, B, H); none means zeros
-  at::TensorList params;                   // torch.nn.RNNBase._flat_weights
+  at::Tensor input;                       // (T, B, I), (B, T, I) or packed (N, I)
+  std::optional<at::Tensor> batch_sizes;  // (T) int64 on the CPU, packed data only
+  std::optional<at::Tensor> h_0, c_0;     // (L*D, B, R), (L*D, B, H); none means zeros
+  at::TensorList params;                  // torch.nn.RNNBase._flat_weights
 };
 
 // One layer's parameters of one direction, as positions in Inputs::params; -1 where there is none.

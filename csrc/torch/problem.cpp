@@ -15,9 +15,7 @@ std::string list(at::IntArrayRef sizes, const char* open = "[", const char* clos
 }
 
 // As the Python checks of torch.nn print a size: (2, 3, 20).
-std::string tuple(at::IntArrayRef sizes) {
-  return list(sizes, "(", ")");
-}
+std::string tuple(at::IntArrayRef sizes) { return list(sizes, "(", ")"); }
 
 std::string dtype_name(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -52,8 +50,8 @@ std::string dtype_name(const at::Tensor& t) {
 
 void check_param(const at::Tensor& p, const char* name, int64_t layer, at::IntArrayRef expected,
                  const at::Tensor& first) {
-  TORCH_CHECK(p.sizes() == expected, name, " of layer ", layer, " must have size ",
-              tuple(expected), ", got ", list(p.sizes()));
+  TORCH_CHECK(p.sizes() == expected, name, " of layer ", layer, " must have size ", tuple(expected),
+              ", got ", list(p.sizes()));
   TORCH_CHECK(p.scalar_type() == first.scalar_type(), name, " of layer ", layer, " has dtype ",
               dtype_name(p), ", the first weight ", dtype_name(first));
   TORCH_CHECK(p.device() == first.device(), name, " of layer ", layer, " is on ", p.device(),
@@ -92,9 +90,9 @@ void Problem::check_params(const Inputs& inputs) {
               "weight_ih and weight_hh must have 2 dimensions, got ", first.dim(), " and ",
               first_hh.dim());
   const at::ScalarType dtype = first.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-                  dtype == at::kHalf,
-              "weights must be float32, float64, bfloat16 or float16, got ", dtype_name(first));
+  TORCH_CHECK(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "weights must be float32, float64, bfloat16 or float16, got ", dtype_name(first));
   const int64_t gates = num_gates(options.cell), rows = first.size(0);
   TORCH_CHECK(rows > 0 && rows % gates == 0, "weight_ih must have a multiple of ", gates,
               " rows, got ", rows);
@@ -114,7 +112,8 @@ void Problem::check_params(const Inputs& inputs) {
         check_param(params[i.b_ih], "bias_ih", layer, {rows}, first);
         check_param(params[i.b_hh], "bias_hh", layer, {rows}, first);
       }
-      if (i.w_hr >= 0) check_param(params[i.w_hr], "weight_hr", layer, {R, shape.hidden_size}, first);
+      if (i.w_hr >= 0)
+        check_param(params[i.w_hr], "weight_hr", layer, {R, shape.hidden_size}, first);
     }
   }
 }
@@ -122,10 +121,9 @@ void Problem::check_params(const Inputs& inputs) {
 void Problem::check_input(const Inputs& inputs) {
   const at::Tensor& input = inputs.input;
   const at::Tensor& weight = inputs.params[0];
-  TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "RNN input dtype (",
-                    dtype_name(input), ") does not match weight dtype (", dtype_name(weight),
-                    "). Convert input: input.to(", dtype_name(weight),
-                    "), or convert model: model.to(", dtype_name(input), ")");
+  TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "RNN input dtype (", dtype_name(input),
+              ") does not match weight dtype (", dtype_name(weight), "). Convert input: input.to(",
+              dtype_name(weight), "), or convert model: model.to(", dtype_name(input), ")");
   const int64_t dims = packed ? 2 : 3;
   TORCH_CHECK(input.dim() == dims, "input must have ", dims, " dimensions, got ", input.dim());
   TORCH_CHECK(input.size(-1) == shape.input_size,
@@ -151,9 +149,8 @@ void Problem::check_input(const Inputs& inputs) {
   for (int64_t t = 0; t < sizes.size(0); ++t) {
     const int64_t rows = shape.batch_sizes[t];
     TORCH_CHECK(rows >= 0, "batch_sizes must not be negative, got ", rows, " at step ", t);
-    TORCH_CHECK(t == 0 || rows <= shape.batch_sizes[t - 1],
-                "batch_sizes must not increase, got ", rows, " after ",
-                t ? shape.batch_sizes[t - 1] : 0, " at step ", t);
+    TORCH_CHECK(t == 0 || rows <= shape.batch_sizes[t - 1], "batch_sizes must not increase, got ",
+                rows, " after ", t ? shape.batch_sizes[t - 1] : 0, " at step ", t);
     if (rows == 0) continue;  // torch.nn lets steps without rows stand at the end
     offsets_.push_back(offsets_.back() + rows);
   }

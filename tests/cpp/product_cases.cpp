@@ -1,0 +1,250 @@
+// Compiled once per instruction set: see product_cases.h. All values are small whole numbers, so
+// every product is exact in any order and compared with ==. Every array is an allocation of exactly
+// its size; what must not be read is NaN.
+#include "product_cases.h"
+
+#include <cstdlib>
+
+#include "cpu/product.h"
+
+namespace rnn_ext::RNN_EXT_ISA {
+namespace {
+
+int64_t cases = 0;
+
+void expect(bool right, int line, int64_t a, int64_t b = -1, int64_t c = -1, int64_t d = -1) {
+  ++cases;
+  if (!right) product_failed(line, a, b, c, d);
+}
+
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size)
+      : size_(size), data_(static_cast<T*>(std::malloc(size_t(size) * sizeof(T)))) {
+    if (!data_) std::abort();
+    for (int64_t i = 0; i < size; ++i) data_[i] = T(__builtin_nan(""));
+  }
+  ~Array() { std::free(data_); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+
+  T& operator[](int64_t i) const { return data_[i]; }
+  T* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_;
+  T* data_;
+};
+
+// A fixed whole number from -4 to 4 for every place.
+double number(int64_t i, int64_t j) {
+  return double((i * 7919 + j * 104729 + 12345) % 1009 % 9 - 4);
+}
+
+template <class T>
+bool untouched(T value) {
+  return value != value;
+}
+
+// --- multiply_panel -----------------------------------------------------------------------------
+
+enum class Init { kNone, kBias, kMatrix };
+
+template <class T>
+void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, int64_t tile_gap,
+                 Init init) {
+  const int64_t width = vectors * kLanes<T>, out_stride = width + 3, init_stride = width + 1;
+  const int64_t tile = tile_rows(vectors), tiles = (rows + tile - 1) / tile;
+  // Plain: rows one after the other, with a gap. Transposed: k after k, with a gap.
+  const int64_t row_stride = transposed ? 1 : depth + 2, k_stride = transposed ? rows + 5 : 1;
+  const int64_t tile_stride = tile * row_stride + tile_gap;
+  const auto place = [&](int64_t r, int64_t k) {
+    return r / tile * tile_stride + r % tile * row_stride + k * k_stride;
+  };
+  Array<T> a(depth > 0 ? place(rows - 1, depth - 1) + 1 : 1), panel(depth * width);
+  Array<T> bias((rows - 1) * init_stride + width), out((rows - 1) * out_stride + width);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < depth; ++k) a[place(r, k)] = T(number(r, k));
+    for (int64_t j = 0; j < width; ++j) bias[r * init_stride + j] = T(number(j, r));
+  }
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t j = 0; j < width; ++j) panel[k * width + j] = T(number(k + 3, j));
+
+  multiply_panel<T>(vectors, rows, depth,
+                    {a.data(), row_stride, k_stride, tile_gap ? tile_stride : 0}, panel.data(),
+                    init == Init::kNone ? nullptr : bias.data(),
+                    init == Init::kMatrix ? init_stride : 0, out.data(), out_stride);
+
+  bool right = tiles > 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < width; ++j) {
+      double sum = init == Init::kNone ? 0 : number(j, init == Init::kMatrix ? r : 0);
+      for (int64_t k = 0; k < depth; ++k) sum += number(r, k) * number(k + 3, j);
+      right &= out[r * out_stride + j] == T(sum);
+    }
+    if (r + 1 < rows)
+      for (int64_t j = width; j < out_stride; ++j) right &= untouched(out[r * out_stride + j]);
+  }
+  expect(right, __LINE__, vectors, rows, depth, int64_t(init) + 10 * transposed + 100 * tile_gap);
+}
+
+template <class T>
+void check_panels() {
+  for (int vectors = 1; vectors <= kPanelVectors; ++vectors) {
+    for (int64_t rows = 1; rows <= 20; ++rows)
+      for (int64_t depth : {0, 1, 2, 3, 4, 5, 7, 8, 31})
+        for (Init init : {Init::kNone, Init::kBias, Init::kMatrix})
+          for (bool transposed : {false, true})
+            check_panel<T>(vectors, rows, depth, transposed, 0, init);
+    for (int64_t rows : {1, 7, 20}) check_panel<T>(vectors, rows, 9, false, 7, Init::kBias);
+    // Beside the boundary of a block of K, which applies when there is more than one tile.
+    const int64_t block = kBlockBytes / (vectors * kLanes<T> * int64_t(sizeof(T)));
+    for (int64_t rows : {1, 6, 9, 17})
+      for (int64_t depth : {block - 1, block, block + 1, 2 * block + 1})
+        check_panel<T>(vectors, rows, depth, rows == 9, 0, Init::kBias);
+  }
+}
+
+// --- multiply_unpacked --------------------------------------------------------------------------
+
+template <class T>
+void check_unpacked(int64_t columns, int64_t rows, int64_t depth) {
+  constexpr int64_t kWidth = kLanes<T>, kReadable = 16;  // rows of A end in zeros
+  const int64_t row_stride = (depth + kReadable - 1) / kReadable * kReadable;
+  const int64_t ld = depth + 3, out_stride = kWidth + 2;
+  Array<T> a(rows * row_stride), weights((columns - 1) * ld + depth), init(kWidth);
+  Array<T> out((rows - 1) * out_stride + kWidth);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < row_stride; ++k)
+      a[r * row_stride + k] = k < depth ? T(number(r, k)) : T(0);
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t k = 0; k < depth; ++k) weights[j * ld + k] = T(number(k + 3, j));
+  for (int64_t j = 0; j < kWidth; ++j) init[j] = T(number(j, 0));
+
+  multiply_unpacked<T>(columns, rows, depth, a.data(), row_stride, weights.data(), ld, init.data(),
+                       out.data(), out_stride);
+
+  bool right = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < kWidth; ++j) {
+      double sum = number(j, 0);  // lanes without a column keep the initial value
+      if (j < columns)
+        for (int64_t k = 0; k < depth; ++k) sum += number(r, k) * number(k + 3, j);
+      right &= out[r * out_stride + j] == T(sum);
+    }
+    if (r + 1 < rows)
+      for (int64_t j = kWidth; j < out_stride; ++j) right &= untouched(out[r * out_stride + j]);
+  }
+  expect(right, __LINE__, columns, rows, depth);
+}
+
+// --- Packing ------------------------------------------------------------------------------------
+
+// Packs one vector of a panel of several.
+template <class T>
+void check_pack_transposed(int64_t columns, int64_t depth, int64_t vectors) {
+  const int64_t ld = depth + 1, width = vectors * kLanes<T>, at = (vectors - 1) * kLanes<T>;
+  Array<T> weights((columns - 1) * ld + depth), panel(depth * width);
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t k = 0; k < depth; ++k) weights[j * ld + k] = T(number(j, k));
+  pack_transposed<T>(weights.data(), ld, columns, depth, panel.data() + at, width);
+  bool right = true;
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t j = 0; j < width; ++j) {
+      const T value = panel[k * width + j];
+      right &= j < at ? untouched(value) : value == T(j - at < columns ? number(j - at, k) : 0);
+    }
+  expect(right, __LINE__, columns, depth, vectors);
+}
+
+template <class T>
+void check_pack_row(int64_t columns, int vectors) {
+  const int64_t width = vectors * kLanes<T>;
+  Array<T> values(columns), panel_row(width);
+  for (int64_t j = 0; j < columns; ++j) values[j] = T(number(j, 1));
+  pack_row<T>(values.data(), columns, vectors, panel_row.data());
+  bool right = true;
+  for (int64_t j = 0; j < width; ++j)
+    right &= panel_row[j] == T(j < columns ? number(j, 1) : 0);
+  expect(right, __LINE__, columns, vectors);
+}
+
+template <class T>
+void check_squares() {
+  constexpr int64_t kSide = kLanes<T>;
+  Vec<T> rows[kSide];
+  for (int64_t i = 0; i < kSide; ++i)
+    for (int64_t j = 0; j < kSide; ++j) rows[i][j] = T(i * kSide + j);
+  transpose<T>(rows);
+  bool right = true;
+  for (int64_t i = 0; i < kSide; ++i)
+    for (int64_t j = 0; j < kSide; ++j) right &= rows[i][j] == T(j * kSide + i);
+  expect(right, __LINE__, kSide);
+
+  const Vec<T> sums = sum_each<T>(rows);  // of the columns of the square as it was
+  right = true;
+  for (int64_t i = 0; i < kSide; ++i)
+    right &= sums[i] == T(kSide * (kSide - 1) / 2 * kSide + kSide * i);
+  expect(right, __LINE__, kSide);
+}
+
+// Panels follow each other without gap and hold every column once.
+template <class T, int kGates>
+void check_columns(int64_t count) {
+  const Columns<T> plain{count};
+  int64_t columns = 0;
+  bool right = true;
+  for (int64_t panel = 0; panel < plain.panels(); ++panel) {
+    right &= plain.first(panel) == columns && plain.offset(panel, 3) == columns * 3;
+    right &= plain.vectors(panel) >= 1 && plain.vectors(panel) <= kPanelVectors;
+    columns += plain.vectors(panel) * kLanes<T>;
+  }
+  right &= columns >= count && columns < count + kLanes<T> && plain.size(3) == columns * 3;
+  expect(right, __LINE__, count);
+
+  const GateColumns<T, kGates> gates{count};
+  int64_t units = 0;
+  right = true;
+  for (int64_t panel = 0; panel < gates.panels(); ++panel) {
+    right &= gates.first_unit(panel) == units && gates.column(panel) == units * kGates;
+    right &= gates.vectors(panel) <= kPanelVectors && gates.unit_vectors(panel) >= 1;
+    units += gates.unit_vectors(panel) * kLanes<T>;
+  }
+  right &= units >= count && units < count + kLanes<T> && gates.width() == units * kGates;
+  expect(right, __LINE__, count, kGates);
+}
+
+template <class T>
+void check_type() {
+  check_panels<T>();
+  for (int64_t columns = 1; columns <= kLanes<T>; ++columns)
+    for (int64_t rows = 1; rows <= 3; ++rows)
+      for (int64_t depth = 0; depth <= 2 * kLanes<T> + 1; ++depth)
+        check_unpacked<T>(columns, rows, depth);
+  check_unpacked<T>(kLanes<T>, 2, 1000);
+  for (int64_t columns = 1; columns <= kLanes<T> + 1; ++columns)
+    for (int64_t depth = 0; depth <= 2 * kLanes<T> + 1; ++depth)
+      for (int64_t vectors : {1, 3}) check_pack_transposed<T>(columns, depth, vectors);
+  for (int vectors = 1; vectors <= kPanelVectors; ++vectors)
+    for (int64_t columns = 0; columns <= vectors * kLanes<T>; ++columns)
+      check_pack_row<T>(columns, vectors);
+  check_squares<T>();
+  for (int64_t count = 1; count <= 9 * kLanes<T>; ++count) {
+    check_columns<T, 1>(count);
+    check_columns<T, 3>(count);
+    check_columns<T, 4>(count);
+  }
+}
+
+}  // namespace
+
+int64_t check_products() {
+  cases = 0;
+  check_type<float>();
+  check_type<double>();
+  return cases;
+}
+
+}  // namespace rnn_ext::RNN_EXT_ISA

@@ -1,0 +1,135 @@
+// The cost model.
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/plan.h"
+
+using namespace rnn_ext;
+
+namespace {
+
+PlanInput input(int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+                int max_threads = 1) {
+  PlanInput in;
+  in.shape = {CellKind::kLstm, steps, batch, input_size, hidden_size};
+  in.vector_bytes = 32;
+  in.max_threads = max_threads;
+  return in;
+}
+
+// Calls check(input) for all kinds of calls.
+template <class Check>
+void for_each_input(Check&& check) {
+  for (CellKind cell : {CellKind::kRnnTanh, CellKind::kRnnRelu, CellKind::kLstm, CellKind::kGru})
+    for (int64_t steps : {1, 2, 100, 100000})
+      for (int64_t batch : {1, 2, 11, 12, 13, 48, 49, 97, 1000})
+        for (int64_t hidden_size : {1, 31, 64, 1024})
+          for (int64_t input_size : {1, 100, 3000})
+            for (int64_t proj_size : {int64_t(0), cell == CellKind::kLstm ? hidden_size / 2 : 0})
+              for (int directions : {1, 2})
+                for (int element_bytes : {4, 8})
+                  for (int vector_bytes : {16, 32, 64})
+                    for (bool backward : {false, true}) {
+                      PlanInput in;
+                      in.shape = {cell,        steps,     batch,     input_size,
+                                  hidden_size, proj_size, directions};
+                      in.element_bytes = element_bytes;
+                      in.vector_bytes = vector_bytes;
+                      in.backward = backward;
+                      check(in);
+                    }
+}
+
+std::string describe(const PlanInput& in) {
+  std::string text;
+  for (int64_t number :
+       {int64_t(in.shape.cell), in.shape.steps, in.shape.batch, in.shape.input_size,
+        in.shape.hidden_size, in.shape.proj_size, int64_t(in.shape.directions),
+        int64_t(in.element_bytes), int64_t(in.vector_bytes), int64_t(in.backward)})
+    text += std::to_string(number) + ' ';
+  return text;
+}
+
+}  // namespace
+
+TEST(within_limits) {
+  for_each_input([](PlanInput in) {
+    check::Scope scope(describe(in));
+    for (int max_threads : {1, 2, 64}) {
+      in.max_threads = max_threads;
+      const Plan plan = make_plan(in);
+      CHECK(plan.threads >= 1 && plan.threads <= max_threads);
+      CHECK(plan.chunk_steps >= 1 && plan.chunk_steps <= in.shape.steps);
+      CHECK(plan.row_block >= 1 && plan.row_block <= 48);
+      CHECK(plan.step_seconds > 0);
+      CHECK(!std::string(plan.reason).empty());
+    }
+  });
+}
+
+// What changes a rounding depends on the shape alone: not on the threads on offer, and not on the
+// instruction set.
+TEST(same_rounding) {
+  for_each_input([](PlanInput in) {
+    check::Scope scope(describe(in));
+    in.max_threads = 1;
+    const Plan one = make_plan(in);
+    const auto check_same = [&] {
+      const Plan plan = make_plan(in);
+      CHECK_EQ(plan.packed_weights, one.packed_weights);
+      CHECK_EQ(plan.chunk_steps, one.chunk_steps);
+      CHECK_EQ(plan.row_block, one.row_block);
+    };
+    for (int max_threads : {2, 3, 64}) {
+      in.max_threads = max_threads;
+      check_same();
+    }
+    in.vector_bytes = 16;
+    check_same();
+  });
+}
+
+TEST(small_steps_stay_alone) {
+  for (int max_threads : {2, 8, 64}) {
+    check::Scope scope("of ", max_threads);
+    CHECK_EQ(make_plan(input(100, 1, 8, 8, max_threads)).threads, 1);
+    CHECK_EQ(make_plan(input(1, 1, 32, 32, max_threads)).threads, 1);
+    CHECK_EQ(make_plan(input(1, 1, 64, 64, max_threads)).threads, 1);
+    CHECK_EQ(make_plan(input(100000, 1, 16, 16, max_threads)).threads, 1);
+    // One unit cannot be shared, however large its inputs are.
+    CHECK_EQ(make_plan(input(100, 1, 100000, 1, max_threads)).threads, 1);
+  }
+}
+
+TEST(large_steps_use_all_threads) {
+  for (int max_threads : {2, 4, 8}) {
+    check::Scope scope("of ", max_threads);
+    CHECK_EQ(make_plan(input(100, 64, 512, 512, max_threads)).threads, max_threads);
+    CHECK_EQ(make_plan(input(100, 1, 1024, 1024, max_threads)).threads, max_threads);
+    PlanInput backward = input(100, 64, 512, 512, max_threads);
+    backward.backward = true;
+    CHECK_EQ(make_plan(backward).threads, max_threads);
+  }
+}
+
+TEST(more_work_never_fewer_threads) {
+  int before = 1;
+  for (int64_t hidden_size = 8; hidden_size <= 2048; hidden_size *= 2) {
+    const int threads = make_plan(input(100, 4, hidden_size, hidden_size, 8)).threads;
+    CHECK(threads >= before);
+    before = threads;
+  }
+}
+
+TEST(packing) {
+  // Read once, the weights are used as they are; a sequence pays for packing them.
+  CHECK(!make_plan(input(1, 1, 64, 64)).packed_weights);
+  CHECK(!make_plan(input(1, 1, 512, 512)).packed_weights);
+  CHECK(make_plan(input(100, 1, 512, 512)).packed_weights);
+  CHECK(make_plan(input(1, 64, 512, 512)).packed_weights);
+  PlanInput backward = input(1, 1, 512, 512);
+  backward.backward = true;
+  CHECK(make_plan(backward).packed_weights);
+}
