@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import rnn_ext
+import tables
 from bars import MemoryRow, Row, judge, summary
 from cases import CELLS, select
 from peers import BASELINE, OURS, PEERS, Build, build_all
@@ -254,6 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--memory", action="store_true", help="measure only peak memory")
     what.add_argument("--no-memory", action="store_true", help="measure only times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write tables for the docs")
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="show changes against an older --json"
     )
@@ -369,11 +371,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    if arguments.png and rows:
-        title = (
-            f"times faster than torch.nn {torch.__version__}, float32, "
-            f"{arguments.threads} threads, {cpu_name()}"
+    title = (
+        f"times faster than torch.nn {torch.__version__}, float32, "
+        f"{arguments.threads} threads, {cpu_name()}"
+    )
+    if arguments.markdown:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text(
+            tables.document(title, machine, rows, memory_rows, verdicts), encoding="utf-8"
         )
+    if arguments.png and rows:
         heat_map(rows, arguments.png, title)
     if wrong:
         print(f"\n{len(wrong)} cases gave WRONG RESULTS:\n" + "\n".join(wrong))

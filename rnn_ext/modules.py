@@ -7,7 +7,6 @@ torch.nn's own forward.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -85,7 +84,7 @@ class _Recurrent(nn.RNNBase):
                 self.bias, self.num_layers, self.bidirectional, batch_first,
                 self.dropout, self.training,
             )  # fmt: skip
-        except NotImplementedError:  # no kernel for this kind of tensor: a sparse one, say
+        except NotImplementedError:  # no kernel for this kind of tensor: complex, sparse
             hx = (h_0, c_0) if lstm and h_0 is not None else h_0
             if batch_sizes is not None:
                 input = PackedSequence(input, batch_sizes)
@@ -137,7 +136,7 @@ class _Recurrent(nn.RNNBase):
         weights = self._weights()
         if not (_is_covered(data) and _is_covered(weights[0])):
             return self._torch_forward(packed, hx)
-        if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+        if batch_sizes.dim() != 1 or batch_sizes.is_floating_point():
             raise TypeError(
                 "batch_sizes must be a 1-D int64 tensor, got a "
                 f"{batch_sizes.dim()}-D tensor of {batch_sizes.dtype}"
@@ -148,6 +147,11 @@ class _Recurrent(nn.RNNBase):
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
             h_0, c_0 = (hx[0], hx[1]) if self.mode == "LSTM" else (hx, None)
+            if c_0 is not None and (h_0.dim() < 3 or c_0.dim() < 3):
+                raise IndexError(
+                    "Dimension out of range: for packed input hx and cx should be 3-D but got "
+                    f"({h_0.dim()}-D, {c_0.dim()}-D) tensors"
+                )
         output, state = self._run(data, batch_sizes, h_0, c_0, weights)
         if type(output) is PackedSequence:  # from torch's own forward
             output = output.data
@@ -220,8 +224,14 @@ class _Cell(nn.RNNCellBase):
                 )
 
     def _is_covered(self, input: Tensor) -> bool:
-        # torch lets a cell be of size 0, which leaves nothing to run.
-        return self.hidden_size > 0 and _is_covered(input) and _is_covered(self._weights()[0])
+        weight = self._weights()[0]
+        # torch lets a cell be of size 0, which leaves nothing to run, or complex.
+        return (
+            self.hidden_size > 0
+            and weight.is_floating_point()
+            and _is_covered(input)
+            and _is_covered(weight)
+        )
 
 
 class RNNCell(_Cell, nn.RNNCell):

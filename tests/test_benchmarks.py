@@ -330,6 +330,20 @@ def test_report_writes_json_and_compares_with_it(quiet_report, tmp_path, capsys)
     assert "(+50%), ratio 3.00x -> 2.00x  slower" in out
 
 
+def test_report_writes_markdown(quiet_report, tmp_path):
+    rows = [row(STEP), row(SMALL, 2.0), row(replace(SMALL, mode="training"), 8.0, healthy=False)]
+    quiet_report(rows, [], "--markdown", str(tmp_path / "new" / "tables.md"))
+    text = (tmp_path / "new" / "tables.md").read_text(encoding="utf-8")
+    assert "| GRU | 3.0x | 2.0x | 8.0x | 2.0x | 8.0x | 2.00x (B1 T100 I64 H64 inference) |" in text
+    assert "| GRU B1 T1 I64 H64 streaming | 3 | 1 | 3.00x | 2% | 0.0 | 40% |" in text
+    assert "8.00x (unhealthy)" in text
+    assert "| reads from L3, GB/s | 30 | 60 |" in text
+    assert "| GRU B1 T100 I64 H64 | 0.0 (0.0) | 0.0 (0.0) | 0.50 |" in text
+    assert "| no verdict |" in text
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.endswith("|")
+
+
 def test_compare_with_another_set_of_cases():
     assert report.compare_with({"rows": []}, [row(SMALL)]) == ["no case is in both runs"]
 

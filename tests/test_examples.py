@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 import rnn_ext
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,12 @@ def char_lstm():
 
 def test_char_lstm_quick(tmp_path):
     picture = tmp_path / "curves.png"
-    command = [sys.executable, str(EXAMPLES / "char_lstm.py"), "--quick", "--threads", "1"]
-    done = subprocess.run(
-        [*command, "--plot", str(picture)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, str(EXAMPLES / "char_lstm.py"), "--quick", "--steps", "60"]
+    command += ["--threads", "1", "--plot", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("\nok ") == 3
     assert "FAILED" not in done.stdout
-    assert "150/150" in done.stderr  # the progress bars
+    assert "60/60" in done.stderr  # the progress bars
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -88,3 +89,14 @@ def test_char_lstm_notices_failed_claims(char_lstm, capsys, apart, text, final_l
 def test_char_lstm_says_slower_when_it_is(char_lstm):
     assert char_lstm.describe_ratio({"torch.nn": 2.0, "rnn_ext": 1.0}) == "2.00x faster"
     assert char_lstm.describe_ratio({"torch.nn": 1.0, "rnn_ext": 2.0}) == "2.00x slower"
+
+
+def test_the_readme_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    names = {}
+    exec(blocks[0], names)
+    assert names["output"].shape == (16, 50, 256)
+    assert isinstance(names["fast"][0], rnn_ext.GRU)
+    assert type(names["back"][0]) is torch.nn.GRU
+    assert names["back"][0].weight_hh_l0 is names["model"][0].weight_hh_l0

@@ -19,22 +19,24 @@ constexpr int tile_rows(int vectors) {
   return vectors == 4 ? 3 : vectors == 3 ? 4 : 6;
 }
 inline constexpr int kMaxTileRows = 8;
-// K is cut so that a block of a panel stays in the L2 cache while all row tiles pass over it.
-inline constexpr int64_t kBlockBytes = 64 * 1024;
+// K is cut into blocks, summed from zero each: a block of a panel (at most 64 KB) stays in the L2
+// cache while all row tiles pass over it, and the rounding error grows with the square root of the
+// block, not of K.
+inline constexpr int64_t kBlockDepth = 256;
 
-// The left operand. Tile i starts at data + i * tile_rows * row_stride for a plain matrix.
+// The left operand.
 template <class T>
 struct Rows {
   const T* data;
   int64_t row_stride;
   int64_t k_stride = 1;
-  int64_t tile_stride = 0;  // 0: tile_rows * row_stride
 };
 
+// out = A * panel + init, or with `accumulate` out += A * panel.
 template <class T, int kRows, int kVectors>
 RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride, int64_t k_stride,
                                   const T* b, const T* init, int64_t init_stride, T* out,
-                                  int64_t out_stride) {
+                                  int64_t out_stride, bool accumulate) {
   using V = Vec<T>;
   // With few rows there are too few independent sums to hide the latency of the multiply-adds:
   // take two or four consecutive k at a time, each with its own sums.
@@ -84,7 +86,8 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride,
       V total = sum[0][r][v];
 #pragma GCC unroll 4
       for (int u = 1; u < kUnroll; ++u) total += sum[u][r][v];
-      store(out + r * out_stride + v * kLanes<T>, total);
+      T* to = out + r * out_stride + v * kLanes<T>;
+      store(to, accumulate ? load(to) + total : total);
     }
   }
 }
@@ -92,14 +95,14 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride,
 template <class T, int kVectors, int kRows>
 inline void multiply_rest(int64_t rows, int64_t depth, const T* a, int64_t row_stride,
                           int64_t k_stride, const T* b, const T* init, int64_t init_stride, T* out,
-                          int64_t out_stride) {
+                          int64_t out_stride, bool accumulate) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
       multiply_tile<T, kRows, kVectors>(depth, a, row_stride, k_stride, b, init, init_stride, out,
-                                        out_stride);
+                                        out_stride, accumulate);
     else
       multiply_rest<T, kVectors, kRows - 1>(rows, depth, a, row_stride, k_stride, b, init,
-                                            init_stride, out, out_stride);
+                                            init_stride, out, out_stride, accumulate);
   }
 }
 
@@ -108,24 +111,24 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<T> a, const T* pa
                              int64_t init_stride, T* out, int64_t out_stride) {
   constexpr int kRows = tile_rows(kVectors);
   constexpr int64_t kWidth = kVectors * kLanes<T>;
-  const int64_t tile_stride = a.tile_stride ? a.tile_stride : kRows * a.row_stride;
-  int64_t block = depth;
-  if (rows > kRows) block = kBlockBytes / (kWidth * int64_t(sizeof(T)));
   int64_t k = 0;
   do {  // once even for depth 0: out = init
-    const int64_t length = depth - k < block ? depth - k : block;
+    const int64_t length = depth - k < kBlockDepth ? depth - k : kBlockDepth;
+    const bool accumulate = k > 0;
+    const T* block = panel + k * kWidth;
+    const T* left = a.data + k * a.k_stride;
     int64_t row = 0;
-    const T* tile = a.data + k * a.k_stride;
-    for (; row + kRows <= rows; row += kRows, tile += tile_stride)
-      multiply_tile<T, kRows, kVectors>(length, tile, a.row_stride, a.k_stride, panel + k * kWidth,
-                                        init ? init + row * init_stride : nullptr, init_stride,
-                                        out + row * out_stride, out_stride);
-    multiply_rest<T, kVectors, kRows - 1>(
-        rows - row, length, tile, a.row_stride, a.k_stride, panel + k * kWidth,
-        init ? init + row * init_stride : nullptr, init_stride, out + row * out_stride, out_stride);
+    for (; row + kRows <= rows; row += kRows)
+      multiply_tile<T, kRows, kVectors>(length, left + row * a.row_stride, a.row_stride, a.k_stride,
+                                        block, init ? init + row * init_stride : nullptr,
+                                        init_stride, out + row * out_stride, out_stride,
+                                        accumulate);
+    multiply_rest<T, kVectors, kRows - 1>(rows - row, length, left + row * a.row_stride,
+                                          a.row_stride, a.k_stride, block,
+                                          init ? init + row * init_stride : nullptr, init_stride,
+                                          out + row * out_stride, out_stride, accumulate);
     k += length;
-    init = out;  // the next block of K continues the sums
-    init_stride = out_stride;
+    init = nullptr;
   } while (k < depth);
 }
 

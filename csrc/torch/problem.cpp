@@ -90,7 +90,7 @@ void Problem::check_params(const Inputs& inputs) {
               "weight_ih and weight_hh must have 2 dimensions, got ", first.dim(), " and ",
               first_hh.dim());
   const at::ScalarType dtype = first.scalar_type();
-  TORCH_CHECK(
+  TORCH_CHECK_NOT_IMPLEMENTED(
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
       "weights must be float32, float64, bfloat16 or float16, got ", dtype_name(first));
   const int64_t gates = num_gates(options.cell), rows = first.size(0);

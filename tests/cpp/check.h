@@ -1,5 +1,5 @@
-// The test harness of the C++ engine in one header. Each tests/cpp/test_*.cpp is a program of its own
-// that includes this header once: it defines main(). An argument selects the tests whose name
+// The test harness of the C++ engine in one header. Each tests/cpp/test_*.cpp is a program of its
+// own that includes this header once: it defines main(). An argument selects the tests whose name
 // contains it.
 //
 //   TEST(two_and_two) { CHECK_EQ(2 + 2, 4); }
@@ -73,8 +73,8 @@ inline void near(const char* file, int line, const char* text, double a, double 
 
 }  // namespace check
 
-#define TEST(name)                                                 \
-  static void test_##name();                                       \
+#define TEST(name)                                                  \
+  static void test_##name();                                        \
   static const check::Register register_##name(#name, test_##name); \
   static void test_##name()
 
@@ -83,8 +83,7 @@ inline void near(const char* file, int line, const char* text, double a, double 
     if (!(condition)) check::fail(__FILE__, __LINE__) << "not true: " #condition "\n"; \
   } while (false)
 #define CHECK_EQ(a, b) check::equal(__FILE__, __LINE__, #a " == " #b, a, b)
-#define CHECK_NEAR(a, b, tolerance) \
-  check::near(__FILE__, __LINE__, #a " near " #b, a, b, tolerance)
+#define CHECK_NEAR(a, b, tolerance) check::near(__FILE__, __LINE__, #a " near " #b, a, b, tolerance)
 
 int main(int argc, char** argv) {
   std::cerr.precision(std::numeric_limits<double>::max_digits10);

@@ -88,7 +88,7 @@ class RandomLayer : public Layer {
 // How a layer is run: memory layout and plan.
 struct Setting {
   bool batch_first = false;
-  int64_t gap = 0;  // elements between rows, in data and weights
+  int64_t gap = 0;                         // elements between rows, in data and weights
   int64_t chunk_steps = 0, row_block = 0;  // 0: as planned
   int packed_weights = -1;                 // -1: as planned
   int threads = 1;

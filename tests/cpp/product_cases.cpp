@@ -53,16 +53,11 @@ bool untouched(T value) {
 enum class Init { kNone, kBias, kMatrix };
 
 template <class T>
-void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, int64_t tile_gap,
-                 Init init) {
+void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, Init init) {
   const int64_t width = vectors * kLanes<T>, out_stride = width + 3, init_stride = width + 1;
-  const int64_t tile = tile_rows(vectors), tiles = (rows + tile - 1) / tile;
   // Plain: rows one after the other, with a gap. Transposed: k after k, with a gap.
   const int64_t row_stride = transposed ? 1 : depth + 2, k_stride = transposed ? rows + 5 : 1;
-  const int64_t tile_stride = tile * row_stride + tile_gap;
-  const auto place = [&](int64_t r, int64_t k) {
-    return r / tile * tile_stride + r % tile * row_stride + k * k_stride;
-  };
+  const auto place = [&](int64_t r, int64_t k) { return r * row_stride + k * k_stride; };
   Array<T> a(depth > 0 ? place(rows - 1, depth - 1) + 1 : 1), panel(depth * width);
   Array<T> bias((rows - 1) * init_stride + width), out((rows - 1) * out_stride + width);
   for (int64_t r = 0; r < rows; ++r) {
@@ -72,12 +67,11 @@ void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, int6
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t j = 0; j < width; ++j) panel[k * width + j] = T(number(k + 3, j));
 
-  multiply_panel<T>(vectors, rows, depth,
-                    {a.data(), row_stride, k_stride, tile_gap ? tile_stride : 0}, panel.data(),
+  multiply_panel<T>(vectors, rows, depth, {a.data(), row_stride, k_stride}, panel.data(),
                     init == Init::kNone ? nullptr : bias.data(),
                     init == Init::kMatrix ? init_stride : 0, out.data(), out_stride);
 
-  bool right = tiles > 0;
+  bool right = true;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < width; ++j) {
       double sum = init == Init::kNone ? 0 : number(j, init == Init::kMatrix ? r : 0);
@@ -87,7 +81,7 @@ void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, int6
     if (r + 1 < rows)
       for (int64_t j = width; j < out_stride; ++j) right &= untouched(out[r * out_stride + j]);
   }
-  expect(right, __LINE__, vectors, rows, depth, int64_t(init) + 10 * transposed + 100 * tile_gap);
+  expect(right, __LINE__, vectors, rows, depth, int64_t(init) + 10 * transposed);
 }
 
 template <class T>
@@ -97,13 +91,12 @@ void check_panels() {
       for (int64_t depth : {0, 1, 2, 3, 4, 5, 7, 8, 31})
         for (Init init : {Init::kNone, Init::kBias, Init::kMatrix})
           for (bool transposed : {false, true})
-            check_panel<T>(vectors, rows, depth, transposed, 0, init);
-    for (int64_t rows : {1, 7, 20}) check_panel<T>(vectors, rows, 9, false, 7, Init::kBias);
-    // Beside the boundary of a block of K, which applies when there is more than one tile.
-    const int64_t block = kBlockBytes / (vectors * kLanes<T> * int64_t(sizeof(T)));
+            check_panel<T>(vectors, rows, depth, transposed, init);
+    // Beside the boundaries of a block of K.
     for (int64_t rows : {1, 6, 9, 17})
-      for (int64_t depth : {block - 1, block, block + 1, 2 * block + 1})
-        check_panel<T>(vectors, rows, depth, rows == 9, 0, Init::kBias);
+      for (int64_t depth : {kBlockDepth - 1, kBlockDepth, kBlockDepth + 1, 2 * kBlockDepth + 1})
+        for (Init init : {Init::kNone, Init::kBias, Init::kMatrix})
+          check_panel<T>(vectors, rows, depth, rows == 9, init);
   }
 }
 
@@ -166,8 +159,7 @@ void check_pack_row(int64_t columns, int vectors) {
   for (int64_t j = 0; j < columns; ++j) values[j] = T(number(j, 1));
   pack_row<T>(values.data(), columns, vectors, panel_row.data());
   bool right = true;
-  for (int64_t j = 0; j < width; ++j)
-    right &= panel_row[j] == T(j < columns ? number(j, 1) : 0);
+  for (int64_t j = 0; j < width; ++j) right &= panel_row[j] == T(j < columns ? number(j, 1) : 0);
   expect(right, __LINE__, columns, vectors);
 }
 

@@ -26,7 +26,7 @@ struct Layer {
 };
 
 struct Outputs {
-  Array y;                                        // (N, D*R)
+  Array y;                                         // (N, D*R)
   Array h_n[kMaxDirections], c_n[kMaxDirections];  // (B, R), (B, H)
 };
 

@@ -147,8 +147,7 @@ void check_special_values() {
   for_each_function<T>([&](const Function<T>& function, auto&& apply) {
     const bool tanh = function.name == std::string("tanh");
     const std::vector<T> y = apply({infinity, -infinity, T(0), T(-0.0), nan, -nan, Limits::max(),
-                                    Limits::lowest(), Limits::denorm_min(),
-                                    -Limits::denorm_min()});
+                                    Limits::lowest(), Limits::denorm_min(), -Limits::denorm_min()});
     CHECK_EQ(y[0], T(1));
     CHECK_EQ(y[1], tanh ? T(-1) : T(0));
     CHECK_EQ(y[2], tanh ? T(0) : T(0.5));

@@ -33,12 +33,17 @@ const std::vector<Case>& cases() {
       {"whole vectors", {.T = 4, .B = 3, .I = 32, .H = 64}},
       {"two directions", {.T = 4, .B = 3, .I = 5, .H = 17, .D = 2}},
       {"batch of two row blocks", {.T = 3, .B = 49, .I = 4, .H = 19}},
-      {"batch of three row blocks", {.T = 3, .B = 100, .I = 6, .H = 21, .D = 2}, {.chunk_steps = 1}},
+      {"batch of three row blocks",
+       {.T = 3, .B = 100, .I = 6, .H = 21, .D = 2},
+       {.chunk_steps = 1}},
       {"small row blocks", {.T = 3, .B = 13, .I = 6, .H = 9, .D = 2}, {.row_block = 5}},
-      {"no bias, no state", {.T = 4, .B = 2, .I = 5, .H = 6, .bias = false, .initial_state = false}},
+      {"no bias, no state",
+       {.T = 4, .B = 2, .I = 5, .H = 6, .bias = false, .initial_state = false}},
       {"deep products", {.T = 2, .B = 9, .I = 300, .H = 270}},
       {"batch first", {.T = 4, .B = 5, .I = 6, .H = 7, .D = 2}, {.batch_first = true}},
-      {"batch first, gaps", {.T = 5, .B = 3, .I = 6, .H = 18, .D = 2}, {.batch_first = true, .gap = 3}},
+      {"batch first, gaps",
+       {.T = 5, .B = 3, .I = 6, .H = 18, .D = 2},
+       {.batch_first = true, .gap = 3}},
       {"batch first, one row", {.T = 5, .B = 1, .I = 6, .H = 18}, {.batch_first = true, .gap = 3}},
       {"batch first, one step", {.T = 1, .B = 5, .I = 6, .H = 18}, {.batch_first = true, .gap = 3}},
       {"gaps", {.T = 3, .B = 4, .I = 9, .H = 15}, {.gap = 5}},
@@ -58,11 +63,7 @@ const std::vector<Case>& cases() {
        {.I = 5, .H = 18, .D = 2, .batch_sizes = {5, 4, 3, 2, 2, 1}},
        {.gap = 2, .chunk_steps = 2}},
       {"packed data, no state",
-       {.I = 2,
-        .H = 3,
-        .D = 2,
-        .batch_sizes = {3, 1, 1, 1},
-        .initial_state = false},
+       {.I = 2, .H = 3, .D = 2, .batch_sizes = {3, 1, 1, 1}, .initial_state = false},
        {.chunk_steps = 3}},
       {"packed data, row blocks",
        {.I = 3, .H = 5, .D = 2, .batch_sizes = {60, 50, 49, 48, 10, 1}},
@@ -86,14 +87,12 @@ const std::vector<Case>& projected_cases() {
       {"projected, no bias, no state",
        {.T = 3, .B = 2, .I = 5, .H = 33, .P = 17, .bias = false, .initial_state = false},
        {.batch_first = true}},
-      {"projected, wide", {.T = 3, .B = 50, .I = 4, .H = 70, .P = 66, .D = 2}, {.gap = 3, .chunk_steps = 2}},
+      {"projected, wide",
+       {.T = 3, .B = 50, .I = 4, .H = 70, .P = 66, .D = 2},
+       {.gap = 3, .chunk_steps = 2}},
       {"projected to nearly all", {.T = 6, .B = 2, .I = 3, .H = 9, .P = 8}, {.chunk_steps = 4}},
       {"projected, packed data",
-       {.I = 3,
-        .H = 20,
-        .P = 5,
-        .D = 2,
-        .batch_sizes = {50, 49, 7, 7, 1}},
+       {.I = 3, .H = 20, .P = 5, .D = 2, .batch_sizes = {50, 49, 7, 7, 1}},
        {.chunk_steps = 2}},
       {"projected, linear",
        {.T = 30, .B = 2, .I = 5, .H = 9, .P = 4, .D = 2, .linear = true},
@@ -182,11 +181,9 @@ double loss(const Layer& layer) {
 // The reference against itself: its gradients are those of its forward.
 TEST(reference_gradients) {
   for_each_cell([](CellKind cell) {
-    RandomLayer layer(cell, {.I = 2,
-                             .H = 3,
-                             .P = cell == CellKind::kLstm ? 2 : 0,
-                             .D = 2,
-                             .batch_sizes = {2, 2, 1}});
+    RandomLayer layer(
+        cell,
+        {.I = 2, .H = 3, .P = cell == CellKind::kLstm ? 2 : 0, .D = 2, .batch_sizes = {2, 2, 1}});
     const Gradients gradients = Reference(layer).backward();
     const auto compare = [&](const char* name, Array& array, const Array& gradient) {
       check::Scope scope(name);
@@ -266,9 +263,8 @@ TEST(reserve_between_instruction_sets) {
     const Gradients gradients = Reference(layer).backward();
     for_each_isa([&] {
       const Forward<float> forward = run_forward<float>(layer);
-      for_each_isa([&] {
-        check_near(run_backward(layer, forward), gradients, kBackwardTolerance<float>);
-      });
+      for_each_isa(
+          [&] { check_near(run_backward(layer, forward), gradients, kBackwardTolerance<float>); });
     });
   });
 }

@@ -1,14 +1,14 @@
 // The products and the packing under every instruction set: see product_cases.h.
-#include "product_cases.h"
-
 #include <cstdio>
 #include <string>
 
 #include "check.h"
 #include "cpu/engine.h"
+#include "product_cases.h"
 
 void rnn_ext::product_failed(int line, int64_t a, int64_t b, int64_t c, int64_t d) {
-  check::fail("product_cases.cpp", line) << "sizes " << a << ' ' << b << ' ' << c << ' ' << d << '\n';
+  check::fail("product_cases.cpp", line)
+      << "sizes " << a << ' ' << b << ' ' << c << ' ' << d << '\n';
 }
 
 namespace {
