@@ -7,6 +7,8 @@ torch.nn's own forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -30,20 +32,22 @@ def _is_covered(tensor: Tensor) -> bool:
     return isinstance(tensor, (FakeTensor, FunctionalTensor, nn.Buffer))
 
 
+def _current(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The module's weights as they are now: parameters, or computed attributes where something
+    replaced them (a parametrization, weight_norm, pruning)."""
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return [getattr(module, name) for name in names]
+
+
 class _Recurrent(nn.RNNBase):
     """The forward that RNN, LSTM and GRU share."""
 
     def _weights(self) -> list[Tensor]:
-        """The weights as they are now, in the order of ``_flat_weights``.
-
-        Not ``self._flat_weights``: that list goes stale when a weight is a computed attribute (a
-        parametrization, weight_norm, pruning).
-        """
-        parameters = self._parameters
-        try:
-            return [parameters[name] for name in self._flat_weights_names]
-        except KeyError:
-            return [getattr(self, name) for name in self._flat_weights_names]
+        """In the order of ``_flat_weights``, but never stale as that list can be."""
+        return _current(self, self._flat_weights_names)
 
     def forward(self, input, hx=None):
         """As the torch.nn class of the same name; shapes and errors are its own.
@@ -175,12 +179,7 @@ class _Cell(nn.RNNCellBase):
     """One step, which is a sequence of length one."""
 
     def _weights(self) -> list[Tensor]:
-        names = _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2]
-        parameters = self._parameters
-        try:
-            return [parameters[name] for name in names]
-        except KeyError:  # a computed attribute: parametrization, pruning
-            return [getattr(self, name) for name in names]
+        return _current(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
 
     def _check_rank(self, what: str, tensor: Tensor) -> None:
         dim = tensor.dim()

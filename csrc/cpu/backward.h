@@ -22,11 +22,10 @@ template <class T, class Cell>
 struct BackwardPass {
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
-  static constexpr int64_t kBlock = 48;  // rows of a job's tile; plan.cpp chooses at most this
   static constexpr int64_t kSumRows = 16;
 
-  // dW (M, N) = left^T right, summed over the rows of a chunk: the left operand in blocks of kBlock
-  // columns [block][row][kBlock], the right one in panels.
+  // dW (M, N) = left^T right, summed over the rows of a chunk: the left operand in blocks of
+  // kMaxRowBlock columns [block][row][kMaxRowBlock], the right one in panels.
   struct WeightGradient {
     T* out = nullptr;
     int64_t m = 0;
@@ -90,7 +89,7 @@ struct BackwardPass {
         gradient.out = out;
         gradient.m = m;
         gradient.n = n;
-        gradient.left = take(blocks_of(m, kBlock) * kBlock * rows, out);
+        gradient.left = take(blocks_of(m, kMaxRowBlock) * kMaxRowBlock * rows, out);
         gradient.right = take(n.size(rows), out);
       };
       set_up(w.ih, g.w_ih, gate_rows, input_columns);
@@ -201,7 +200,7 @@ struct BackwardPass {
     const int64_t R = shape.state_size(), stride = padded(R), first = state_columns.first(panel);
     const int vectors = state_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>;
-    alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* carry = w.carry + begin * stride + first;
     if (earlier > 0) {
       const T* dg = w.dgh[slot(s - 1)] + (chunk_row(d, s - 1) + begin) * gate_rows;
@@ -254,7 +253,7 @@ struct BackwardPass {
     const int64_t P = shape.proj_size, stride = padded(P), first = hidden_columns.first(panel);
     const int vectors = hidden_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
-    alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     multiply_panel<T>(vectors, now, P, {w.dh + (chunk_row(d, s) + begin) * stride, stride},
                       w.w_hr + hidden_columns.offset(panel, P), nullptr, 0, tile, width);
     for (int64_t r = 0; r < now; ++r)
@@ -302,8 +301,8 @@ struct BackwardPass {
 
   // Left operands in blocks (with the bias sums, which read the same values), right ones in panels.
   void pack_chunk(Member& team, int64_t s, int64_t end) const {
-    const int64_t gate_blocks = blocks_of(gate_rows, kBlock);
-    const int64_t projection_blocks = blocks_of(shape.proj_size, kBlock);
+    const int64_t gate_blocks = blocks_of(gate_rows, kMaxRowBlock);
+    const int64_t projection_blocks = blocks_of(shape.proj_size, kMaxRowBlock);
     const int64_t counts[] = {gate_blocks,
                               gate_blocks,
                               projection_blocks,
@@ -350,13 +349,14 @@ struct BackwardPass {
 
   static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, T* to, T* also,
                         int64_t m) {
-    const int64_t first = block * kBlock, count = m - first < kBlock ? m - first : kBlock;
+    const int64_t first = block * kMaxRowBlock,
+                  count = m - first < kMaxRowBlock ? m - first : kMaxRowBlock;
     for (T* blocks : {to, also}) {
       if (!blocks) continue;
       T* out = blocks + first * rows;
-      for (int64_t r = 0; r < rows; ++r, out += kBlock) {
+      for (int64_t r = 0; r < rows; ++r, out += kMaxRowBlock) {
         copy_row(out, from + r * ld + first, count);
-        if (count < kBlock) zero_row(out + count, kBlock - count);
+        if (count < kMaxRowBlock) zero_row(out + count, kMaxRowBlock - count);
       }
     }
   }
@@ -364,8 +364,8 @@ struct BackwardPass {
   void sum_rows(const T* from, int64_t rows, int64_t block, bool first_chunk, T* bias,
                 T* also) const {
     if (!bias && !also) return;
-    const int64_t first = block * kBlock;
-    const int64_t last = first + kBlock < gate_rows ? first + kBlock : gate_rows;
+    const int64_t first = block * kMaxRowBlock;
+    const int64_t last = first + kMaxRowBlock < gate_rows ? first + kMaxRowBlock : gate_rows;
     for (int64_t column = first; column < last; column += kLanes<T>) {
       const int64_t rest = last - column;
       Vec<T> sum = {};
@@ -398,36 +398,36 @@ struct BackwardPass {
   }
 
   void weight_gradients(Member& team, int64_t s, int64_t end) const {
-    int64_t counts[3 * kMaxDirections], jobs = 0;
-    const WeightGradient* gradients[3 * kMaxDirections];
+    struct Part {
+      const WeightGradient* gradient;
+      int64_t rows, jobs;
+    } parts[3 * kMaxDirections];
     int n = 0;
+    int64_t jobs = 0;
     for (int d = 0; d < shape.directions; ++d) {
+      const int64_t rows = range_at(shape, reversed(d), s, end).rows;
       for (const WeightGradient* g : {&directions[d].ih, &directions[d].hh, &directions[d].hr}) {
         if (!g->out) continue;
-        gradients[n] = g;
-        counts[n] = g->n.panels() * blocks_of(g->m, kBlock);
-        jobs += counts[n++];
+        parts[n] = {g, rows, g->n.panels() * blocks_of(g->m, kMaxRowBlock)};
+        jobs += parts[n++].jobs;
       }
     }
     team.for_each(jobs, [&](int64_t i) {
-      int k = 0;
-      while (i >= counts[k]) i -= counts[k++];
-      const WeightGradient& g = *gradients[k];
-      const int d = &g >= &directions[1].ih && shape.directions == 2 ? 1 : 0;
-      const int64_t rows = range_at(shape, reversed(d), s, end).rows;
-      const int64_t blocks = blocks_of(g.m, kBlock);
-      weight_tile(g, i / blocks, i % blocks, rows, s == 0);
+      const Part* part = parts;
+      while (i >= part->jobs) i -= (part++)->jobs;
+      const int64_t blocks = blocks_of(part->gradient->m, kMaxRowBlock);
+      weight_tile(*part->gradient, i / blocks, i % blocks, part->rows, s == 0);
     });
   }
 
   static void weight_tile(const WeightGradient& g, int64_t panel, int64_t block, int64_t rows,
                           bool first_chunk) {
-    const int64_t m = block * kBlock, count = g.m - m < kBlock ? g.m - m : kBlock;
+    const int64_t m = block * kMaxRowBlock, count = g.m - m < kMaxRowBlock ? g.m - m : kMaxRowBlock;
     const int64_t first = g.n.first(panel);
     const int vectors = g.n.vectors(panel);
     const int64_t width = vectors * kLanes<T>;
-    alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
-    multiply_panel<T>(vectors, count, rows, {g.left + m * rows, 1, kBlock},
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    multiply_panel<T>(vectors, count, rows, {g.left + m * rows, 1, kMaxRowBlock},
                       g.right + g.n.offset(panel, rows), nullptr, 0, tile, width);
     for (int64_t r = 0; r < count; ++r) {
       T* out = g.out + (m + r) * g.n.count + first;
@@ -444,16 +444,16 @@ struct BackwardPass {
   // sum of two terms is the same either way. Their chunks run in separate phases.
   void input_gradient(Member& team, int d, int64_t s, int64_t end) const {
     const StepRange range = range_at(shape, reversed(d), s, end);
-    const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kBlock);
+    const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kMaxRowBlock);
     const Direction& w = directions[d];
     const int64_t chunk = s / plan.chunk_steps;
     team.for_each(panels * blocks, [&](int64_t i) {
-      const int64_t panel = i / blocks, begin = i % blocks * kBlock;
-      const int64_t rows = range.rows - begin < kBlock ? range.rows - begin : kBlock;
+      const int64_t panel = i / blocks, begin = i % blocks * kMaxRowBlock;
+      const int64_t rows = range.rows - begin < kMaxRowBlock ? range.rows - begin : kMaxRowBlock;
       const int64_t first = input_columns.first(panel);
       const int vectors = input_columns.vectors(panel);
       const int64_t width = vectors * kLanes<T>;
-      alignas(64) T tile[kBlock * kPanelVectors * kLanes<T>];
+      alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
       multiply_panel<T>(vectors, rows, gate_rows, {w.dgx[slot(s)] + begin * gate_rows, gate_rows},
                         w.w_ih + input_columns.offset(panel, gate_rows), nullptr, 0, tile, width);
       for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {

@@ -16,8 +16,6 @@
 
 namespace rnn_ext::RNN_EXT_ISA {
 
-inline constexpr int64_t kMaxRowBlock = 48;  // plan.cpp chooses at most this
-
 // The two forms a gate matrix can be used in.
 template <class T, int kGates>
 struct GateMatrix {

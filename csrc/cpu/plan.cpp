@@ -12,7 +12,6 @@ constexpr double kL2BytesPerSecond = 60e9;
 constexpr double kBarrierSeconds = 0.5e-6;
 constexpr double kTeamStartSeconds = 4e-6;
 
-constexpr int64_t kMaxRowBlock = 48;  // a multiple of every tile height
 constexpr int64_t kForwardChunkBytes = 512 * 1024;
 constexpr int64_t kBackwardChunkRows = 256;
 

@@ -7,6 +7,10 @@
 
 namespace rnn_ext {
 
+// Rows of the largest tile that a job works on: a multiple of every tile height, and few enough for
+// the tile's buffer to stay in the L1 cache.
+inline constexpr int64_t kMaxRowBlock = 48;
+
 struct Plan {
   int threads = 1;
   bool packed_weights = true;  // forward only: else dot products on the weights as they are

@@ -97,6 +97,12 @@ struct Setting {
   Rounding rounding = Rounding::kNone;
 };
 
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
 // Arrays that the engine only reads.
 template <class T>
 class Inputs {
@@ -117,8 +123,7 @@ class Inputs {
     return arrays_.back().data();
   }
   void check_unmodified() const {
-    for (size_t i = 0; i < arrays_.size(); ++i)
-      CHECK(std::memcmp(arrays_[i].data(), before_[i].data(), arrays_[i].size() * sizeof(T)) == 0);
+    for (size_t i = 0; i < arrays_.size(); ++i) CHECK(same_bits(arrays_[i], before_[i]));
   }
 
  private:
@@ -352,10 +357,6 @@ void check_near(const Result& result, const Result& reference, double tolerance)
     CHECK_EQ(a.size(), b.size());
     if (a.size() == b.size()) CHECK_NEAR(distance(a, b), 0, tolerance);
   });
-}
-
-inline bool same_bits(const Array& a, const Array& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
 }
 
 // Bitwise the same; arrays that one of the two was not asked for are left out.
