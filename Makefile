@@ -27,7 +27,8 @@ test: $(BUILT) test-cpp ## Run the whole test suite, Python and C++
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
 
 bench: $(BUILT) ## Compare with torch.nn on this machine (BENCH_ARGS=--quick for a short run)
-	$(BIN)/python benchmarks/report.py $(BENCH_ARGS)
+	@mkdir -p out
+	$(BIN)/python benchmarks/report.py --json out/bench.json --markdown out/bench.md --png out/bench.png $(BENCH_ARGS)
 
 build: $(BUILT) ## Build the extension in place and make rnn_ext importable in .venv
 

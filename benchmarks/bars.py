@@ -120,5 +120,6 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 + (f"B <= {SMALL_BATCH}: {geometric_mean(small):5.2f}x   " if small else "")
                 + f"all: {geometric_mean([row.ratio for row in every]):5.2f}x   "
                 + f"worst: {worst.ratio:5.2f}x at {worst.case.shape}"
+                + ("" if all(row.healthy for row in every) else "  unhealthy")
             )
     return lines

@@ -192,11 +192,14 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> None:
             (cell, "inference") for cell in CELLS if any(row.case.cell == cell for row in rows)
         ]
     grid = torch.full((len(lines), len(columns)), float("nan"))
+    unhealthy = torch.zeros(grid.shape, dtype=torch.bool)
     for row in rows:
         # A streaming step is a kind of inference: it stands before the inference line of its cell.
         mode = "inference" if row.case.mode == "streaming" else row.case.mode
         column = "streaming" if row.case.mode == "streaming" else row.case.shape
-        grid[lines.index((row.case.cell, mode)), columns.index(column)] = row.ratio
+        place = lines.index((row.case.cell, mode)), columns.index(column)
+        grid[place] = row.ratio
+        unhealthy[place] = not row.healthy
 
     figure, axes = plt.subplots(
         figsize=(2.2 + 0.95 * len(columns), 1.7 + 0.5 * len(lines)), layout="constrained"
@@ -220,10 +223,10 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> None:
             if not math.isnan(ratio):
                 digits = 2 if ratio < 2 else 1 if ratio < 9.95 else 0
                 color = "white" if not -1.4 < logarithm[y, x] < 2.4 else "black"
-                axes.text(
-                    x, y, f"{ratio:.{digits}f}", ha="center", va="center", fontsize=9, color=color
-                )
-    axes.set_title(title, fontsize=10)
+                text = f"{ratio:.{digits}f}" + ("?" if unhealthy[y, x] else "")
+                axes.text(x, y, text, ha="center", va="center", fontsize=9, color=color)
+    note = "\n?: measured while a core was away" if unhealthy.any() else ""
+    axes.set_title(title + note, fontsize=10)
     bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2, 3], pad=0.01)
     bar.ax.set_yticklabels(["¼x", "½x", "1x", "2x", "4x", "8x"], fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,12 +45,15 @@ def ratio_table(rows: Sequence[Row]) -> str:
     """Geometric means of times faster than torch.nn, one line a cell."""
 
     def mean(cell: str, mode: str, largest_batch: float = float("inf")) -> str:
-        ratios = [
-            row.ratio
+        chosen = [
+            row
             for row in rows
             if (row.case.cell, row.case.mode) == (cell, mode) and row.case.batch <= largest_batch
         ]
-        return f"{geometric_mean(ratios):.1f}x" if ratios else ""
+        if not chosen:
+            return ""
+        mark = "" if all(row.healthy for row in chosen) else " (unhealthy)"
+        return f"{geometric_mean([row.ratio for row in chosen]):.1f}x{mark}"
 
     def worst(cell: str) -> str:
         grid = [row for row in rows if row.case.cell == cell and row.case.mode != "streaming"]

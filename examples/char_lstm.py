@@ -34,6 +34,9 @@ import rnn_ext
 
 PROMPT = "The "
 
+# Spread of the times above which their ratio is not worth quoting.
+NOISY = 0.3
+
 
 @dataclass(frozen=True)
 class Claims:
@@ -218,6 +221,12 @@ def plot(runs: dict[str, Run], times: dict[str, dict[str, float]], path: Path) -
     plt.close(figure)
 
 
+def spread(seconds: list[float]) -> float:
+    """Interquartile range over the median."""
+    first, median, third = statistics.quantiles(seconds, n=4)
+    return (third - first) / median
+
+
 def describe_ratio(values: dict[str, float]) -> str:
     ratio = values["torch.nn"] / values["rnn_ext"]
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
@@ -276,6 +285,10 @@ def main(argv: list[str] | None = None) -> int:
     for what, values in times.items():
         columns = "".join(f"{value:>12.2f} ms" for value in values.values())
         print(f"{what:<16}{columns}   {describe_ratio(values)}")
+
+    measured = [*runs.values(), *samplers.values()]
+    if any(spread(timed.seconds) > NOISY for timed in measured):
+        print("the times vary a lot: something else is running, repeat this on a quiet machine")
 
     plot(runs, times, arguments.plot)
     print(f"\nplot saved as {arguments.plot}\n")

@@ -63,8 +63,8 @@ def _recurrent(
     if save_reserve:
         padded = (hidden + _PAD - 1) // _PAD * _PAD
         size = slots * rows * _SAVED.get(cell, 0) * padded
-        masks = num_layers - 1 if training and dropout > 0 else 0
-        size += (num_layers + masks) * rows * width
+        inner = (num_layers - 1) * rows * width
+        size += inner * (2 if training and dropout > 0 else 1)
     return output, h_n, c_n, input.new_empty((size,), dtype=wide)
 
 
@@ -78,6 +78,7 @@ def _recurrent_backward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     params: list[Tensor],
+    output: Tensor,
     reserve: Tensor,
     cell: int,
     has_biases: bool,

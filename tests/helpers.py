@@ -27,21 +27,25 @@ ALL_CLASS_NAMES = CLASS_NAMES + CELL_CLASS_NAMES
 # --------------------------------------------------------------------------------- error policy
 # An implementation in a given dtype is judged by its distance from the exact result, which is
 # torch.nn run in float64 on the same numbers (those of the dtype, so converting them is exact).
-# Its largest error may be at most
+# The largest error in a result may be at most
 #
-#     2 x (largest error of torch.nn in the same dtype)  +  ROUNDINGS x (sensitivity)
+#     TORCH_ERRORS x (largest error of torch.nn in the same dtype)  +  ROUNDINGS x (sensitivity)
 #
-# The second term is the floor for when torch is luckily exact, as it often is in a tensor of one
-# or two numbers. The sensitivity of a result is how much the exact result changes when every number
-# of the data is rounded once: the largest change over DRAWS random relative changes of at most
-# half an ulp, and never less than half an ulp of the result's magnitude. For well-conditioned
-# results the floor is thus ROUNDINGS / 2 ulp of the result; where terms cancel it follows what
-# rounding does to any implementation. The factor comes from an honest other implementation (torch
-# operators step by step, sums in reversed order): in 16,000 results of random shapes, f32, f16
-# and bf16, it needed more than 2 sensitivities once in 1,000, and never more than 4.4.
+# with both quantities measured at the data and at NEIGHBORS points nearby, where every number is
+# itself or one of the two next to it in its dtype:
+# - torch's error is its largest at these points, each compared with the exact result there. At a
+#   single point torch may be luckily exact, above all in a result of one or two numbers.
+# - The sensitivity is the largest change of the exact result from the data to a point nearby, and
+#   never less than half an ulp of the result's magnitude. It is the floor for when torch is lucky
+#   everywhere: a change of the last bits of the data can be told from no rounding error at all.
+#
+# The factor of the floor comes from 100,000 results of small random shapes (f32, three instruction
+# sets, and torch operators step by step with reversed sums): one in 1,500 needed more than 1, none
+# with two or more hidden units needed 4. A floor that lets through no unlucky result lets through
+# an implementation that is a little worse everywhere; that is what `error_ratios` is for.
 TORCH_ERRORS = 2
-ROUNDINGS = 8
-DRAWS = 3
+ROUNDINGS = 6
+NEIGHBORS = 3
 # In float64 there is nothing more exact to compare with: both are some roundings (2e-16 each) away
 # from the truth, amplified by cancellation and by the length of the sequence.
 FLOAT64_TOLERANCE = 1e-12
@@ -75,12 +79,30 @@ def flatten(results: object) -> list[Tensor]:
 
 
 def evaluate(
-    module: nn.Module, call: Call, prepare: Callable[[Tensor], Tensor] = Tensor.detach
+    module: nn.Module, call: Call, *, exactly: bool = False, neighbor: int | None = None
 ) -> dict[str, Tensor]:
     """Call the module, go backward if the call says so; return results and gradients by name.
 
-    `prepare` is applied to every leaf and cotangent; the weights are used as they are.
+    Args:
+        exactly: evaluate in float64.
+        neighbor: number of a point near the call's data to use instead (see the error policy).
     """
+    moves = None if neighbor is None else torch.Generator().manual_seed(neighbor)
+
+    def prepare(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if moves is not None:
+            steps = torch.randint(-1, 2, tensor.shape, generator=moves, dtype=torch.float64)
+            moved = tensor.double() * (1 + torch.finfo(call.dtype).eps * steps)
+            tensor = moved.to(call.dtype)
+        return tensor.double() if exactly else tensor
+
+    if exactly or moves is not None:
+        original, module = module, copy.deepcopy(module)
+        module.to(torch.float64 if exactly else call.dtype)
+        with torch.no_grad():
+            for parameter, source in zip(module.parameters(), original.parameters(), strict=True):
+                parameter.copy_(prepare(source))
     leaves = {
         name: prepare(leaf).clone().requires_grad_(call.backward)
         for name, leaf in call.leaves.items()
@@ -100,29 +122,6 @@ def evaluate(
         )
         named |= {f"d_{n}": g for n, g in zip(wanted, gradients, strict=True)}
     return named
-
-
-def evaluate_exactly(
-    module: nn.Module, call: Call, rounding_seed: int | None = None
-) -> dict[str, Tensor]:
-    """What `evaluate` gives in float64; with a seed, after rounding all data once at random."""
-    eps = torch.finfo(call.dtype).eps
-    generator = torch.Generator()
-
-    def prepare(tensor: Tensor) -> Tensor:
-        exact = tensor.detach().double()
-        if rounding_seed is None:
-            return exact
-        noise = torch.rand(exact.shape, generator=generator, dtype=torch.float64) - 0.5
-        return exact * (1 + eps * noise)
-
-    if rounding_seed is not None:
-        generator.manual_seed(rounding_seed)
-    module = copy.deepcopy(module).double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(prepare(parameter))
-    return evaluate(module, call, prepare)
 
 
 def assert_matches_torch(ours: nn.Module, call: Call, theirs: nn.Module | None = None) -> None:
@@ -147,22 +146,40 @@ def assert_results_match(ours: dict[str, Tensor], theirs: nn.Module, call: Call)
             bound = FLOAT64_TOLERANCE * magnitude(truth)
             assert_within(ours[name], truth, bound, f"{name} ({bound:.1e} allowed)")
         return
-    exact = evaluate_exactly(theirs, call)
-    rounded = [evaluate_exactly(theirs, call, rounding_seed=seed) for seed in range(DRAWS)]
+    exact = evaluate(theirs, call, exactly=True)
+    torch_error = max_errors(expected, exact)
+    sensitivity = {n: torch.finfo(call.dtype).eps / 2 * magnitude(t) for n, t in exact.items()}
+    for neighbor in range(NEIGHBORS):
+        there = evaluate(theirs, call, exactly=True, neighbor=neighbor)
+        for name, error in max_errors(evaluate(theirs, call, neighbor=neighbor), there).items():
+            torch_error[name] = max(torch_error[name], error)
+        for name, change in max_errors(there, exact).items():
+            sensitivity[name] = max(sensitivity[name], change)
     for name, truth in exact.items():
-        half_ulp = torch.finfo(call.dtype).eps / 2
-        sensitivity = max(
-            half_ulp * magnitude(truth), *(magnitude(draw[name] - truth) for draw in rounded)
-        )
-        error = magnitude(expected[name].double() - truth)
-        bound = TORCH_ERRORS * error + ROUNDINGS * sensitivity
+        bound = TORCH_ERRORS * torch_error[name] + ROUNDINGS * sensitivity[name]
         assert_within(
             ours[name].double(),
             truth,
             bound,
-            f"{name} ({bound:.1e} allowed: torch's error is {error:.1e}, "
-            f"one rounding of the data changes it by {sensitivity:.1e})",
+            f"{name} ({bound:.1e} allowed: torch's error is {torch_error[name]:.1e}, "
+            f"rounding the data changes it by {sensitivity[name]:.1e})",
         )
+
+
+def error_ratios(ours: nn.Module, theirs: nn.Module, call: Call) -> dict[str, float]:
+    """For each result the largest error of our module over that of torch's, without any floor.
+
+    A single ratio says little, the mean of many says whether our errors are systematically larger.
+    Results without an error in either are left out.
+    """
+    exact = evaluate(theirs, call, exactly=True)
+    mine = max_errors(evaluate(ours, call), exact)
+    others = max_errors(evaluate(theirs, call), exact)
+    return {name: mine[name] / others[name] for name in exact if mine[name] and others[name]}
+
+
+def max_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {name: magnitude(results[name].double() - t) for name, t in truth.items()}
 
 
 def magnitude(tensor: Tensor) -> float:
@@ -350,12 +367,17 @@ def check(config: Config) -> None:
 def configs(
     draw: st.DrawFn, dtype: torch.dtype = torch.float32, packed: bool | None = None
 ) -> Config:
-    """Any configuration, most of them small; sizes are around the widths of vectors and tiles."""
+    """Any configuration, most of them small; sizes are around the widths of vectors and tiles.
+
+    One hidden unit is drawn in float64 only: there a whole gradient can be one number that hangs on
+    the last bit of one saturated tanh, 1 - tanh^2, and says nothing about an implementation.
+    """
     sizes = st.sampled_from((1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 33, 64, 67))
+    hidden_sizes = sizes if dtype == torch.float64 else sizes.filter(lambda size: size > 1)
     batches = st.sampled_from((1, 2, 3, 4, 5, 7, 8, 9, 16, 19))
     steps = st.sampled_from((1, 1, 2, 3, 5, 8, 13))
     cell = draw(st.sampled_from(CELLS))
-    hidden_size = draw(sizes)
+    hidden_size = draw(hidden_sizes)
     proj_size = 0
     if cell == "lstm" and hidden_size > 1:
         proj_size = draw(st.just(0) | st.integers(1, hidden_size - 1))

@@ -1,6 +1,9 @@
-"""bfloat16 and float16: results of that dtype, at least as accurate as those of torch.nn."""
+"""Results have the right dtype and, measured over many of them, at most twice torch's errors."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +15,13 @@ from helpers import (
     ALL_CLASS_NAMES,
     CELL_CLASS_NAMES,
     CELLS,
+    TORCH_ERRORS,
     Config,
     assert_matches_torch,
     check,
     configs,
+    error_ratios,
     evaluate,
-    evaluate_exactly,
     flatten,
     magnitude,
     make_call,
@@ -68,6 +72,38 @@ def test_projection(dtype: torch.dtype, lengths: tuple[int, ...] | None) -> None
     )
 
 
+# T, B, I, H, and more: one step and many, one row and many, one layer and several.
+SHAPES = (
+    Config(steps=1, batch=1, input_size=30, hidden_size=40),
+    Config(steps=1, batch=16, input_size=30, hidden_size=40),
+    Config(steps=5, batch=3, input_size=20, hidden_size=30, num_layers=2, bidirectional=True),
+    Config(steps=20, batch=1, input_size=40, hidden_size=64),
+    Config(steps=20, batch=9, input_size=33, hidden_size=48, bidirectional=True),
+    Config(steps=40, batch=4, input_size=16, hidden_size=32, num_layers=2),
+    Config(steps=8, batch=33, input_size=24, hidden_size=20),
+    Config(steps=60, batch=2, input_size=10, hidden_size=17),
+)
+
+
+@each_cell
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"]
+)
+def test_mean_error_is_at_most_twice_torchs(cell: str, dtype: torch.dtype) -> None:
+    """For each kind of result, the geometric mean over shapes of our error over torch's."""
+    logarithms: dict[str, list[float]] = {}
+    for seed, shape in enumerate(SHAPES * 2):
+        config = replace(shape, cell=cell, dtype=dtype, seed=seed)
+        if cell == "lstm" and seed % 2:
+            config = replace(config, proj_size=config.hidden_size // 2)
+        modules = make_module(config), make_module(config, library=nn)
+        for name, ratio in error_ratios(*modules, make_call(config)).items():
+            logarithms.setdefault(name.split("_l")[0], []).append(math.log(ratio))
+    means = {name: math.exp(sum(values) / len(values)) for name, values in logarithms.items()}
+    assert {"output", "h_n", "d_input", "d_h_0", "d_weight_ih", "d_bias_hh"} <= means.keys()
+    assert max(means.values()) <= TORCH_ERRORS, means
+
+
 @each_cell
 @each_half
 def test_sums_are_kept_in_float32(cell: str, dtype: torch.dtype) -> None:
@@ -79,7 +115,7 @@ def test_sums_are_kept_in_float32(cell: str, dtype: torch.dtype) -> None:
     one_step = Config(cell, input_size=300, hidden_size=24, steps=1, dtype=dtype)
     call = make_call(one_step)
     output = evaluate(make_module(one_step), call)["output"]
-    exact = evaluate_exactly(make_module(one_step, library=nn), call)["output"]
+    exact = evaluate(make_module(one_step, library=nn), call, exactly=True)["output"]
     eps = torch.finfo(dtype).eps
     assert magnitude(output.double() - exact) <= 2 * eps * magnitude(exact)
     check(Config(cell, input_size=300, hidden_size=24, steps=60, batch=3, dtype=dtype))

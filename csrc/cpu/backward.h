@@ -36,7 +36,6 @@ struct BackwardPass {
 
   struct Direction {
     T* w_hh;    // panels of (G*H, R)
-    T* w_ih;    // panels of (G*H, I), only for dx
     T* w_hr;    // panels of (P, H)
     T* dgx[2];  // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last
     T* dgh[2];  // of their recurrent side; the same array unless the cell tells them apart
@@ -54,6 +53,7 @@ struct BackwardPass {
   const bool project;
   Columns<T> state_columns, input_columns, hidden_columns;
   Direction directions[kMaxDirections];
+  T* w_ih = nullptr;  // a panel of (G*H, I) per member of the team, only for dx
   size_t workspace_bytes;
 
   BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
@@ -74,11 +74,11 @@ struct BackwardPass {
       Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
       w.w_hh = take(state_columns.size(gate_rows));
-      w.w_ih = take(input_columns.size(gate_rows), call.dx.data);
       w.w_hr = take(hidden_columns.size(P), project);
       for (int i = 0; i < 2; ++i) {
-        w.dgx[i] = take(rows * gate_rows);
-        w.dgh[i] = Cell::kSplitsGradient ? take(rows * gate_rows) : w.dgx[i];
+        const bool used = i == 0 || plan.chunk_steps < shape.steps;
+        w.dgx[i] = take(rows * gate_rows, used);
+        w.dgh[i] = Cell::kSplitsGradient ? take(rows * gate_rows, used) : w.dgx[i];
       }
       w.carry = take(shape.batch * padded(shape.state_size()));
       w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
@@ -96,6 +96,7 @@ struct BackwardPass {
       set_up(w.hh, g.w_hh, gate_rows, state_columns);
       set_up(w.hr, g.w_hr, P, hidden_columns);
     }
+    if (call.dx.data) w_ih = arena.take<T>(plan.threads * gate_rows * Columns<T>::kWidth);
     workspace_bytes = arena.used();
   }
 
@@ -119,9 +120,8 @@ struct BackwardPass {
 
   void prepare(Member& team) const {
     const int64_t states = state_columns.panels();
-    const int64_t inputs = call.dx.data ? input_columns.panels() : 0;
     const int64_t hiddens = project ? hidden_columns.panels() : 0;
-    const int64_t jobs = states + inputs + hiddens + 1;
+    const int64_t jobs = states + hiddens + 1;
     team.for_each(shape.directions * jobs, [&](int64_t job) {
       const int d = int(job / jobs);
       int64_t i = job % jobs;
@@ -129,8 +129,6 @@ struct BackwardPass {
       const DirectionWeights<T>& from = call.weights[d];
       if (i < states) return pack(from.w_hh, from.ld_hh, gate_rows, state_columns, i, w.w_hh);
       i -= states;
-      if (i < inputs) return pack(from.w_ih, from.ld_ih, gate_rows, input_columns, i, w.w_ih);
-      i -= inputs;
       if (i < hiddens)
         return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
       load_state(w.carry, call.dh_n[d], shape.batch, shape.state_size());
@@ -140,9 +138,13 @@ struct BackwardPass {
 
   static void pack(const T* matrix, int64_t ld, int64_t depth, Columns<T> columns, int64_t panel,
                    T* panels) {
+    pack_panel(matrix, ld, depth, columns, panel, panels + columns.offset(panel, depth));
+  }
+
+  static void pack_panel(const T* matrix, int64_t ld, int64_t depth, Columns<T> columns,
+                         int64_t panel, T* to) {
     const int vectors = columns.vectors(panel);
     const int64_t first = columns.first(panel);
-    T* to = panels + columns.offset(panel, depth);
     for (int64_t k = 0; k < depth; ++k)
       pack_row(matrix + k * ld + first, columns.count - first, vectors,
                to + k * vectors * kLanes<T>);
@@ -441,31 +443,42 @@ struct BackwardPass {
   }
 
   // dx = dgx W_ih. Of two directions the one that reaches a step first writes, the other adds: a
-  // sum of two terms is the same either way. Their chunks run in separate phases.
+  // sum of two terms is the same either way. Their chunks run in separate phases. A job packs the
+  // panel it needs into its member's own space: a copy of all of W_ih would count in peak memory.
   void input_gradient(Member& team, int d, int64_t s, int64_t end) const {
     const StepRange range = range_at(shape, reversed(d), s, end);
     const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kMaxRowBlock);
-    const Direction& w = directions[d];
-    const int64_t chunk = s / plan.chunk_steps;
-    team.for_each(panels * blocks, [&](int64_t i) {
-      const int64_t panel = i / blocks, begin = i % blocks * kMaxRowBlock;
-      const int64_t rows = range.rows - begin < kMaxRowBlock ? range.rows - begin : kMaxRowBlock;
-      const int64_t first = input_columns.first(panel);
-      const int vectors = input_columns.vectors(panel);
-      const int64_t width = vectors * kLanes<T>;
-      alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-      multiply_panel<T>(vectors, rows, gate_rows, {w.dgx[slot(s)] + begin * gate_rows, gate_rows},
-                        w.w_ih + input_columns.offset(panel, gate_rows), nullptr, 0, tile, width);
-      for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
-        const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
-        T* dx = call.dx.at(shape, t, b) + first;
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t rest = shape.input_size - first - v * kLanes<T>;
-          Vec<T> sum = load(tile + (row - begin) * width + v * kLanes<T>);
-          if (add) sum += load_upto(dx + v * kLanes<T>, rest);
-          store_upto(dx + v * kLanes<T>, sum, rest);
-        }
-      });
+    const int64_t most =
+        blocks_of(team.members(), panels);  // fewer panels than members: share them
+    const int64_t shares = most < blocks ? most : blocks;
+    T* panel_of_member = w_ih + team.id() * gate_rows * Columns<T>::kWidth;
+    team.for_each(panels * shares, [&](int64_t i) {
+      const int64_t panel = i / shares, share = i % shares;
+      const DirectionWeights<T>& from = call.weights[d];
+      pack_panel(from.w_ih, from.ld_ih, gate_rows, input_columns, panel, panel_of_member);
+      for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
+        input_tile(d, panel, panel_of_member, range, block * kMaxRowBlock, s);
+    });
+  }
+
+  void input_tile(int d, int64_t panel, const T* packed, const StepRange& range, int64_t begin,
+                  int64_t s) const {
+    const int64_t rows = range.rows - begin < kMaxRowBlock ? range.rows - begin : kMaxRowBlock;
+    const int64_t first = input_columns.first(panel), chunk = s / plan.chunk_steps;
+    const int vectors = input_columns.vectors(panel);
+    const int64_t width = vectors * kLanes<T>;
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    const T* dg = directions[d].dgx[slot(s)] + begin * gate_rows;
+    multiply_panel<T>(vectors, rows, gate_rows, {dg, gate_rows}, packed, nullptr, 0, tile, width);
+    for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
+      const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
+      T* dx = call.dx.at(shape, t, b) + first;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t rest = shape.input_size - first - v * kLanes<T>;
+        Vec<T> sum = load(tile + (row - begin) * width + v * kLanes<T>);
+        if (add) sum += load_upto(dx + v * kLanes<T>, rest);
+        store_upto(dx + v * kLanes<T>, sum, rest);
+      }
     });
   }
 

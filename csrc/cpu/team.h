@@ -47,7 +47,9 @@ class Team {
 
 class Member {
  public:
-  Member(Team& team, int id) : team_(team), id_(id) {}
+  RNN_EXT_SHARED_INLINE Member(Team& team, int id) : team_(team), id_(id) {}
+  RNN_EXT_SHARED_INLINE int id() const { return id_; }
+  RNN_EXT_SHARED_INLINE int members() const { return team_.members(); }
 
   template <class Job>
   void for_each(int64_t jobs, Job&& job) {

@@ -31,13 +31,13 @@ bool any_batched(at::TensorList tensors) {
 struct RecurrentBackward : torch::autograd::Node {
   Options options;
   bool has_h_0 = false, has_c_0 = false, has_batch_sizes = false;
-  SavedVariable input, h_0, c_0, reserve, batch_sizes;
+  SavedVariable input, h_0, c_0, output, reserve, batch_sizes;
   std::vector<SavedVariable> params;
 
   std::string name() const override { return "RecurrentBackward"; }
 
   void release_variables() override {
-    for (SavedVariable* v : {&input, &h_0, &c_0, &reserve, &batch_sizes}) v->reset_data();
+    for (SavedVariable* v : {&input, &h_0, &c_0, &output, &reserve, &batch_sizes}) v->reset_data();
     for (SavedVariable& v : params) v.reset_data();
   }
 
@@ -58,7 +58,7 @@ struct RecurrentBackward : torch::autograd::Node {
     std::vector<bool> param_mask;
     for (size_t i = 0; i < params.size(); ++i) param_mask.push_back(wanted(3 + i));
     variable_list results = call_recurrent_backward(
-        {grads[0], grads[1], grads[2]}, inputs, kept, options,
+        {grads[0], grads[1], grads[2]}, inputs, output.unpack(getptr()), kept, options,
         {wanted(0), has_h_0 && wanted(1), has_c_0 && wanted(2)}, param_mask);
     for (size_t i = 0; i < results.size(); ++i)
       if (!wanted(i) || (i == 1 && !has_h_0) || (i == 2 && !has_c_0)) results[i] = at::Tensor();
@@ -106,6 +106,19 @@ struct RecurrentBackward : torch::autograd::Node {
     return gradients;
   }
 };
+
+// A tensor with values of its own, not a stand-in that is being traced.
+bool is_plain(const at::Tensor& t) {
+  return t.has_storage() && !t.key_set().has_any(c10::DispatchKeySet(
+                                {c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
+}
+
+// Backward reads the output, and the caller may change it in place, as torch.nn allows on the CPU
+// (out += x). A lazy clone serves both: it shares the memory until somebody writes.
+at::Tensor kept_output(const at::Tensor& output) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  return at::_lazy_clone(output);
+}
 
 // torch 2.13 holds its nodes by intrusive_ptr, earlier versions by shared_ptr: the kind of pointer
 // is taken from an edge.
@@ -205,9 +218,11 @@ ForwardResult recurrent_autograd(const at::Tensor& input,
   node->params.reserve(params.size());
   for (const at::Tensor& p : params) node->params.emplace_back(p, false);
   node->reserve = SavedVariable(reserve, false);
+  if (is_plain(output)) node->output = SavedVariable(kept_output(output), false);
   torch::autograd::set_history(output, node);
   torch::autograd::set_history(h_n, node);
   torch::autograd::set_history(c_n, node);
+  if (!is_plain(output)) node->output = SavedVariable(output, true);
   return result;
 }
 

@@ -90,14 +90,6 @@ Rounding rounding_of(at::ScalarType dtype) {
                                 : Rounding::kNone;
 }
 
-// The kept output of a layer in the layout of the operator's output.
-at::Tensor layer_output(const Problem& p, const at::Tensor& reserve, int64_t layer) {
-  const at::Tensor flat = reserve.narrow(0, p.layer_output_offset(layer), p.layer_output_size());
-  if (p.packed) return flat.view({p.shape.rows(), p.output_width()});
-  const at::Tensor steps = flat.view({p.shape.steps, p.shape.batch, p.output_width()});
-  return p.options.batch_first ? steps.transpose(0, 1) : steps;
-}
-
 template <class T>
 ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve) {
   const Options& o = p.options;
@@ -127,10 +119,10 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
       call.linear_activations = linear_activations();
       call.x = layer == 0 ? step_rows<const T>(p, in.input.const_data_ptr<T>(), in.input.strides())
                           : dense_rows<const T>(p, layer_input);
-      T* y = save_reserve ? reserve.mutable_data_ptr<T>() + p.layer_output_offset(layer)
-             : last       ? output.mutable_data_ptr<T>()
-                          : inner[layer & 1].mutable_data_ptr<T>();
-      call.y = last && !save_reserve ? step_rows<T>(p, y, output.strides()) : dense_rows<T>(p, y);
+      T* y = last           ? output.mutable_data_ptr<T>()
+             : save_reserve ? reserve.mutable_data_ptr<T>() + p.layer_output_offset(layer)
+                            : inner[layer & 1].mutable_data_ptr<T>();
+      call.y = last ? step_rows<T>(p, y, output.strides()) : dense_rows<T>(p, y);
       for (int d = 0; d < o.directions(); ++d) {
         const int64_t slot = layer * o.directions() + d;
         call.weights[d] = weights_of<T>(in.params, p.param(layer, d));
@@ -153,7 +145,6 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
         layer_input = dropped.const_data_ptr<T>();
       }
     }
-    if (save_reserve) output.copy_(layer_output(p, reserve, o.num_layers - 1));
   }
   if (dtype == compute) return {output, h_n, c_n, reserve};
   return {output.to(dtype), h_n.to(dtype), c_n.to(dtype), reserve};
@@ -190,14 +181,15 @@ struct Wanted {
 
 template <class T>
 std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const Problem& p,
-                                 const Inputs& inputs, const at::Tensor& reserve,
-                                 const Wanted& wanted) {
+                                 const Inputs& inputs, const at::Tensor& output_,
+                                 const at::Tensor& reserve, const Wanted& wanted) {
   const Options& o = p.options;
   const at::ScalarType dtype = inputs.input.scalar_type(), compute = at::toOpMathType(dtype);
   const at::TensorOptions wide = inputs.input.options().dtype(compute);
   const Operands in(inputs, compute);
   const int64_t R = p.shape.state_size(), H = p.shape.hidden_size, B = p.shape.batch;
   const int64_t slots = o.num_layers * o.directions();
+  const at::Tensor output = readable(output_, compute);
   const at::Tensor dy = grads[0].defined() ? readable(grads[0], compute) : at::Tensor();
   const std::optional<at::Tensor> dh_n = dense(grads[1], compute), dc_n = dense(grads[2], compute);
 
@@ -246,11 +238,13 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
       }
       call.x = dense_rows<const T>(p, x);
     }
-    call.y = dense_rows<const T>(p, saved + p.layer_output_offset(layer));
-    if (!last)
+    if (last) {
+      call.y = step_rows<const T>(p, output.const_data_ptr<T>(), output.strides());
+      if (dy.defined()) call.dy = step_rows<const T>(p, dy.const_data_ptr<T>(), dy.strides());
+    } else {
+      call.y = dense_rows<const T>(p, saved + p.layer_output_offset(layer));
       call.dy = dense_rows<const T>(p, from_above.const_data_ptr<T>());
-    else if (dy.defined())
-      call.dy = step_rows<const T>(p, dy.const_data_ptr<T>(), dy.strides());
+    }
     at::Tensor to_below;
     if (layer > 0 && below) {
       to_below = at::empty({p.layer_output_size()}, wide);
@@ -289,14 +283,17 @@ std::vector<at::Tensor> recurrent_backward_cpu(
     const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
     const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
     const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
-    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& reserve,
-    int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional, bool batch_first,
-    double dropout, bool training, c10::List<bool> output_mask) {
+    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output,
+    const at::Tensor& reserve, int64_t cell, bool has_biases, int64_t num_layers,
+    bool bidirectional, bool batch_first, double dropout, bool training,
+    c10::List<bool> output_mask) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
   const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
                                  dropout, training});
   TORCH_CHECK(output_mask.size() == 3 + params.size(), "output_mask must have ", 3 + params.size(),
               " entries, got ", output_mask.size());
+  TORCH_CHECK(output.sizes() == at::IntArrayRef(problem.output_sizes()), "output must have size ",
+              problem.output_sizes(), ", got ", output.sizes());
   TORCH_CHECK(reserve.numel() == problem.reserve_size(),
               "reserve is not the one of this call's forward: expected ", problem.reserve_size(),
               " elements, got ", reserve.numel());
@@ -315,8 +312,8 @@ std::vector<at::Tensor> recurrent_backward_cpu(
   Wanted wanted{{output_mask[0], output_mask[1], output_mask[2]}, {}, problem};
   for (size_t i = 3; i < output_mask.size(); ++i) wanted.params.push_back(output_mask[i]);
   if (at::toOpMathType(input.scalar_type()) == at::kDouble)
-    return backward<double>(grads, problem, inputs, reserve, wanted);
-  return backward<float>(grads, problem, inputs, reserve, wanted);
+    return backward<double>(grads, problem, inputs, output, reserve, wanted);
+  return backward<float>(grads, problem, inputs, output, reserve, wanted);
 }
 
 }  // namespace
@@ -350,8 +347,8 @@ ForwardResult call_recurrent(const Inputs& in, const Options& o, bool save_reser
 }
 
 std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>& grads,
-                                                const Inputs& in, const at::Tensor& reserve,
-                                                const Options& o,
+                                                const Inputs& in, const at::Tensor& output,
+                                                const at::Tensor& reserve, const Options& o,
                                                 const std::array<bool, 3>& state_mask,
                                                 const std::vector<bool>& param_mask) {
   static const auto op = c10::Dispatcher::singleton()
@@ -365,8 +362,9 @@ std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>&
     return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
   };
   return op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), in.input,
-                 in.batch_sizes, in.h_0, in.c_0, in.params, reserve, int64_t(o.cell), o.has_biases,
-                 o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training, mask);
+                 in.batch_sizes, in.h_0, in.c_0, in.params, output, reserve, int64_t(o.cell),
+                 o.has_biases, o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training,
+                 mask);
 }
 
 TORCH_LIBRARY(rnn_ext, m) {
@@ -383,7 +381,7 @@ TORCH_LIBRARY(rnn_ext, m) {
   // output_mask says that one is not wanted.
   m.def(
       "recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
-      "Tensor? batch_sizes, Tensor? h_0, Tensor? c_0, Tensor[] params, "
+      "Tensor? batch_sizes, Tensor? h_0, Tensor? c_0, Tensor[] params, Tensor output, "
       "Tensor reserve, int cell, bool has_biases, int num_layers, bool bidirectional, "
       "bool batch_first, float dropout, bool training, bool[] output_mask) -> Tensor[]");
 }

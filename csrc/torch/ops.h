@@ -59,8 +59,7 @@ class Problem {
   std::vector<int64_t> output_sizes() const;
 
   // The reserve is one flat array: per layer and direction what the cell saves, then the outputs of
-  // all layers, then the dropout masks between them. The last layer's output is kept once more so
-  // that the caller may change the one it was given in place, as torch.nn allows on the CPU.
+  // all layers but the last, then the dropout masks that were multiplied into them.
   int64_t reserve_size() const;
   int64_t saved_offset(int64_t layer, int direction) const;
   int64_t layer_output_offset(int64_t layer) const;
@@ -82,8 +81,8 @@ using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 // The registered operators, through the dispatcher.
 ForwardResult call_recurrent(const Inputs& inputs, const Options& options, bool save_reserve);
 std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>& grads,
-                                                const Inputs& inputs, const at::Tensor& reserve,
-                                                const Options& options,
+                                                const Inputs& inputs, const at::Tensor& output,
+                                                const at::Tensor& reserve, const Options& options,
                                                 const std::array<bool, 3>& state_mask,
                                                 const std::vector<bool>& param_mask);
 

@@ -215,7 +215,7 @@ int64_t Problem::layer_output_offset(int64_t layer) const {
   return saved_offset(options.num_layers, 0) + layer * layer_output_size();
 }
 int64_t Problem::mask_offset(int64_t layer) const {
-  return layer_output_offset(options.num_layers) + layer * layer_output_size();
+  return layer_output_offset(options.num_layers - 1) + layer * layer_output_size();
 }
 int64_t Problem::reserve_size() const {
   return options.drops() ? mask_offset(options.num_layers - 1) : mask_offset(0);

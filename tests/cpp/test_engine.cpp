@@ -1,6 +1,8 @@
 // Forward and backward of every cell, type and instruction set against the scalar reference.
 #include <array>
+#include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -354,5 +356,48 @@ TEST(rounded_state) {
       check_rounding(cell, Rounding::kBFloat16, 8, -126);
       check_rounding(cell, Rounding::kFloat16, 11, -14);
     });
+  });
+}
+
+// Half to even, into the denormal range and out of the range altogether: one unit that passes its
+// input through.
+TEST(rounding_ties) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  struct Row {
+    double x, bf16, f16;
+  };
+  const Row rows[] = {
+      {1 + 0x1p-8, 1, 1 + 0x1p-8},
+      {1 + 0x3p-8, 1 + 0x1p-6, 1 + 0x3p-8},
+      {-1 - 0x3p-8, -1 - 0x1p-6, -1 - 0x3p-8},
+      {1 + 0x1p-8 + 0x1p-20, 1 + 0x1p-7, 1 + 0x1p-8},
+      {1 + 0x1p-11, 1, 1},
+      {1 + 0x3p-11, 1, 1 + 0x1p-9},
+      {65519, 65536, 65504},
+      {65520, 65536, kInfinity},
+      {0x1p-25, 0x1p-25, 0},
+      {0x3p-25, 0x3p-25, 0x1p-23},
+      {std::numeric_limits<float>::max(), kInfinity, kInfinity},
+      {-kInfinity, -kInfinity, -kInfinity},
+      {kNaN, kNaN, kNaN},
+  };
+  Layer layer;
+  layer.shape = {CellKind::kRnnTanh, 1, int64_t(std::size(rows)), 1, 1};
+  layer.linear = true;  // tanh(x) is x
+  layer.directions[0].w_ih = {1};
+  layer.directions[0].w_hh = {0};
+  for (const Row& row : rows) layer.x.push_back(row.x);
+  for_each_isa([&] {
+    for (Rounding rounding : {Rounding::kBFloat16, Rounding::kFloat16}) {
+      const Array y = run_forward<float>(layer, {.rounding = rounding}).outputs.y;
+      for (size_t i = 0; i < y.size(); ++i) {
+        check::Scope scope("rounding ", int(rounding), ", x=", rows[i].x);
+        const double expected = rounding == Rounding::kBFloat16 ? rows[i].bf16 : rows[i].f16;
+        if (std::isnan(expected))
+          CHECK(std::isnan(y[i]));
+        else
+          CHECK_EQ(y[i], expected);
+      }
+    }
   });
 }
