@@ -84,7 +84,9 @@ struct BackwardPass {
       w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
       w.dh = take(rows * padded(P), project);
       w.output = take(rows * padded(H), project && g.w_hr);
-
+    }
+    const size_t mark = arena.mark();
+    for (int d = 0; d < shape.directions; ++d) {
       const auto set_up = [&](WeightGradient& gradient, T* out, int64_t m, Columns<T> n) {
         gradient.out = out;
         gradient.m = m;
@@ -92,12 +94,14 @@ struct BackwardPass {
         gradient.left = take(blocks_of(m, kMaxRowBlock) * kMaxRowBlock * rows, out);
         gradient.right = take(n.size(rows), out);
       };
-      set_up(w.ih, g.w_ih, gate_rows, input_columns);
-      set_up(w.hh, g.w_hh, gate_rows, state_columns);
-      set_up(w.hr, g.w_hr, P, hidden_columns);
+      const DirectionGradients<T>& g = call.gradients[d];
+      set_up(directions[d].ih, g.w_ih, gate_rows, input_columns);
+      set_up(directions[d].hh, g.w_hh, gate_rows, state_columns);
+      set_up(directions[d].hr, g.w_hr, P, hidden_columns);
     }
+    arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
     if (call.dx.data) w_ih = arena.take<T>(plan.threads * gate_rows * Columns<T>::kWidth);
-    workspace_bytes = arena.used();
+    workspace_bytes = arena.bytes();
   }
 
   void run(Member& team) const {

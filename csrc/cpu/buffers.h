@@ -19,11 +19,18 @@ class Arena {
     used_ += (size_t(count) * sizeof(T) + 63) & ~size_t(63);
     return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
   }
-  size_t used() const { return used_; }
+  // Arrays taken after a rewind lie over those taken since the mark.
+  size_t mark() const { return used_; }
+  void rewind(size_t mark) {
+    if (used_ > peak_) peak_ = used_;
+    used_ = mark;
+  }
+  size_t bytes() const { return used_ > peak_ ? used_ : peak_; }
 
  private:
   char* base_;
   size_t used_ = 0;
+  size_t peak_ = 0;
 };
 
 // Consecutive steps first..last-1 and their rows in time order.

@@ -134,7 +134,7 @@ struct ForwardPass {
       w.projection = project ? arena.take<T>(projection_columns.size(shape.hidden_size)) : nullptr;
       w.unprojected = project ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
     }
-    workspace_bytes = arena.used();
+    workspace_bytes = arena.bytes();
   }
 
   void run(Member& team) const {

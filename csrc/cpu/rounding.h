@@ -21,8 +21,8 @@ template <>
 RNN_EXT_INLINE Vec<float> round_to<float>(Vec<float> v, Rounding rounding) {
   if (rounding == Rounding::kNone) return v;
   if (rounding == Rounding::kBFloat16) {
-    // Round half to even on the upper 16 bits; a NaN must not be rounded into an infinity.
-    const Bits<float> bits = (Bits<float>)v;
+    // Round half to even on the upper 16 bits; the bits of a NaN could overflow or become infinity.
+    const Bits<float> bits = (Bits<float>)(v == v ? v : Vec<float>{});
     const Bits<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
     return v == v ? (Vec<float>)rounded : v;
   }

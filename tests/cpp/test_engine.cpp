@@ -1,5 +1,6 @@
 // Forward and backward of every cell, type and instruction set against the scalar reference.
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <iterator>
@@ -380,6 +381,7 @@ TEST(rounding_ties) {
       {std::numeric_limits<float>::max(), kInfinity, kInfinity},
       {-kInfinity, -kInfinity, -kInfinity},
       {kNaN, kNaN, kNaN},
+      {std::bit_cast<double>(~uint64_t(0) >> 1), kNaN, kNaN},  // all bits of the payload set
   };
   Layer layer;
   layer.shape = {CellKind::kRnnTanh, 1, int64_t(std::size(rows)), 1, 1};
