@@ -1,9 +1,9 @@
-/* What this machine can do, measured with as little in the way as possible. Compiled by probe.py for the
- * machine it runs on and never shipped, so -march=native is right here and nowhere else.
+/* What this machine can do, measured with as little in the way as possible. Compiled by probe.py
+ * for the machine it runs on and never shipped, so -march=native is right here and nowhere else.
  *
  *   probe_fma        float or double multiply-adds a second from registers
- *   probe_read       bytes a second read from a buffer that fits a chosen level of the memory hierarchy
- *   probe_handoff    seconds for a value written by one core to be seen by another
+ *   probe_read       bytes a second read from a buffer that fits a chosen level of the memory
+ * hierarchy probe_handoff    seconds for a value written by one core to be seen by another
  */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -36,39 +36,39 @@ static double now(void) {
 }
 
 typedef struct Job {
-  double (*work)(const struct Job *); /* does one slice, returns how much it did */
+  double (*work)(const struct Job*); /* does one slice, returns how much it did */
   double seconds;
-  size_t bytes;       /* probe_read: size of the buffer */
-  float *buffer;      /* probe_read: one per thread */
-  pthread_barrier_t *start;
+  size_t bytes;  /* probe_read: size of the buffer */
+  float* buffer; /* probe_read: one per thread */
+  pthread_barrier_t* start;
   double rate; /* result: amount per second of this thread */
 } Job;
 
 static volatile double sink;
 
-#define DEFINE_FMA(NAME, VECTOR, SCALAR)                                             \
-  static double NAME(const Job *job) {                                               \
-    (void)job;                                                                       \
-    enum { ROUNDS = 4096 };                                                          \
-    VECTOR chain[CHAINS];                                                            \
-    const VECTOR factor = (VECTOR){0} + (SCALAR)0.5;                                 \
-    const VECTOR addend = (VECTOR){0} + (SCALAR)0.25;                                \
+#define DEFINE_FMA(NAME, VECTOR, SCALAR)                                                     \
+  static double NAME(const Job* job) {                                                       \
+    (void)job;                                                                               \
+    enum { ROUNDS = 4096 };                                                                  \
+    VECTOR chain[CHAINS];                                                                    \
+    const VECTOR factor = (VECTOR){0} + (SCALAR)0.5;                                         \
+    const VECTOR addend = (VECTOR){0} + (SCALAR)0.25;                                        \
     _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) chain[i] = addend * (SCALAR)i; \
-    for (int round = 0; round < ROUNDS; ++round)                                     \
-      _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i)                      \
-          chain[i] = chain[i] * factor + addend;                                     \
-    VECTOR total = chain[0];                                                         \
-    for (int i = 1; i < CHAINS; ++i) total += chain[i];                              \
-    sink = (double)total[0];                                                         \
-    return 2.0 * ROUNDS * CHAINS * (double)(sizeof(VECTOR) / sizeof(SCALAR));        \
+    for (int round = 0; round < ROUNDS; ++round)                                             \
+      _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) chain[i] =                   \
+          chain[i] * factor + addend;                                                        \
+    VECTOR total = chain[0];                                                                 \
+    for (int i = 1; i < CHAINS; ++i) total += chain[i];                                      \
+    sink = (double)total[0];                                                                 \
+    return 2.0 * ROUNDS * CHAINS * (double)(sizeof(VECTOR) / sizeof(SCALAR));                \
   }
 
 DEFINE_FMA(fma_f32, vector_f32, float)
 DEFINE_FMA(fma_f64, vector_f64, double)
 
-static double read_buffer(const Job *job) {
+static double read_buffer(const Job* job) {
   enum { LANES = 8 };
-  const vector_f32 *data = (const vector_f32 *)job->buffer;
+  const vector_f32* data = (const vector_f32*)job->buffer;
   const size_t vectors = job->bytes / sizeof(vector_f32) / LANES * LANES;
   /* Small buffers are read several times a slice, or the clock would be what is measured. */
   const size_t repeats = 1 + (256u << 10) / job->bytes;
@@ -82,8 +82,8 @@ static double read_buffer(const Job *job) {
   return (double)(repeats * vectors * sizeof(vector_f32));
 }
 
-static void *run_job(void *argument) {
-  Job *job = argument;
+static void* run_job(void* argument) {
+  Job* job = argument;
   double done = 0.0, elapsed;
   job->work(job); /* warm */
   pthread_barrier_wait(job->start);
@@ -96,10 +96,11 @@ static void *run_job(void *argument) {
   return NULL;
 }
 
-/* Sum of the rates of `threads` threads doing the same at the same time; negative if that could not run. */
+/* Sum of the rates of `threads` threads doing the same at the same time; negative if that could not
+ * run. */
 static double run_team(Job job, int threads) {
-  pthread_t *handles = calloc((size_t)threads, sizeof *handles);
-  Job *jobs = calloc((size_t)threads, sizeof *jobs);
+  pthread_t* handles = calloc((size_t)threads, sizeof *handles);
+  Job* jobs = calloc((size_t)threads, sizeof *jobs);
   pthread_barrier_t start;
   double total = -1.0;
   int ready = handles && jobs && !pthread_barrier_init(&start, NULL, (unsigned)threads);
@@ -128,11 +129,13 @@ static double run_team(Job job, int threads) {
 }
 
 double probe_fma(int threads, int element_bytes, double seconds) {
-  return run_team((Job){.work = element_bytes == 8 ? fma_f64 : fma_f32, .seconds = seconds}, threads);
+  return run_team((Job){.work = element_bytes == 8 ? fma_f64 : fma_f32, .seconds = seconds},
+                  threads);
 }
 
 double probe_read(int threads, size_t bytes_per_thread, double seconds) {
-  return run_team((Job){.work = read_buffer, .seconds = seconds, .bytes = bytes_per_thread}, threads);
+  return run_team((Job){.work = read_buffer, .seconds = seconds, .bytes = bytes_per_thread},
+                  threads);
 }
 
 typedef struct {
@@ -140,8 +143,8 @@ typedef struct {
   _Alignas(128) atomic_long answer;
 } Mailbox;
 
-static void *answer_requests(void *argument) {
-  Mailbox *box = argument;
+static void* answer_requests(void* argument) {
+  Mailbox* box = argument;
   for (long seen = 0; seen >= 0;) {
     const long request = atomic_load_explicit(&box->request, memory_order_acquire);
     if (request != seen) atomic_store_explicit(&box->answer, seen = request, memory_order_release);

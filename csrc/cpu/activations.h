@@ -109,7 +109,7 @@ RNN_EXT_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> p = expm1_reduced<T>(r), scale = power_of_two<T>(n);
   const Vec<T> e = p * scale + scale;
   const Vec<T> m = p * scale + (scale - one);
-  const auto small = size < T(0.5);
+  const auto small = size < T(0.5493);  // tanh = 1/2: both forms err alike there
   const Vec<T> q = (small ? -m : e + e) / (one + e);
   const Vec<T> t = small ? q : one - q;
   return (Vec<T>)(((Bits<T>)t & ~sign_mask<T>()) | ((Bits<T>)x & sign_mask<T>()));

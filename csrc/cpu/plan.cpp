@@ -59,7 +59,7 @@ Plan make_plan(const PlanInput& input) {
     const double share = double(ceil_div(jobs, threads)) / double(jobs);
     const double together =
         kTeamStartSeconds + (plan.step_seconds * share + kBarrierSeconds) * steps;
-    if (together < 0.85 * best) {
+    if (together < best && together < 0.85 * alone) {
       best = together;
       plan.threads = threads;
       plan.reason = "hidden units and batch rows of a step shared by the team";
