@@ -19,6 +19,8 @@ from helpers import ALL_CLASS_NAMES, CLASS_NAMES, flatten
 each_class = pytest.mark.parametrize("name", ALL_CLASS_NAMES)
 each_way = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 
+scripting_is_deprecated = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated")
+
 FUSED = {getattr(nn, name): getattr(rnn_ext, name) for name in ALL_CLASS_NAMES}
 
 
@@ -137,6 +139,7 @@ def test_classes_of_the_user_are_left_alone(inplace: bool) -> None:
     assert classes(nested)[1:] == [Mine, rnn_ext.LSTM]
 
 
+@scripting_is_deprecated
 @each_way
 def test_scripted_modules_are_left_alone(inplace: bool) -> None:
     scripted = torch.jit.script(nn.Linear(3, 3))
@@ -473,6 +476,7 @@ def test_copied_pickled_and_saved(inplace: bool) -> None:
     assert_same_function(fresh, model, tokens())
 
 
+@scripting_is_deprecated
 def test_back_in_torch_a_model_can_be_scripted() -> None:
     model = rnn_ext.to_torch(rnn_ext.convert(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4))))
     scripted = torch.jit.script(model)

@@ -245,6 +245,7 @@ def other_process() -> Iterator[Connection]:
     ours, theirs = context.Pipe()
     process = context.Process(target=write_when_told, args=(theirs,))
     process.start()
+    theirs.close()  # so that its death ends a recv() here
     yield ours
     ours.send(None)
     process.join()
