@@ -16,39 +16,39 @@
 
 namespace rnn_ext::RNN_EXT_ISA {
 
-// The two forms a gate matrix can be used in.
+// A gate matrix with its bias, in the two forms it can be used in: panels, or as it is.
 template <class T, int kGates>
 struct GateMatrix {
   GateColumns<T, kGates> columns;
   int64_t depth;
   const T* weights;  // (G*H, depth), leading dimension ld
   int64_t ld;
-  T* packed;  // panels, null: use the weights as they are
-  T* bias;    // (width) in panel order
+  T* bias;  // (width) in panel order
 
-  void prepare(int64_t panel, const T* plain_bias) const {
-    const int vectors = columns.vectors(panel);
+  int64_t panel_offset(int64_t panel) const { return columns.column(panel) * depth; }
+
+  void load_bias(int64_t panel, const T* plain) const {
     for_vectors(panel, [&](int v, int64_t row, int64_t count) {
-      T* to = bias + columns.column(panel) + v * kLanes<T>;
-      if (plain_bias)
-        store(to, load_upto(plain_bias + row, count));
-      else
-        store(to, Vec<T>{});
-      if (packed)
-        pack_transposed(weights + row * ld, ld, count, depth,
-                        packed + columns.column(panel) * depth + v * kLanes<T>,
-                        vectors * kLanes<T>);
+      store(bias + columns.column(panel) + v * kLanes<T>,
+            plain ? load_upto(plain + row, count) : Vec<T>{});
     });
   }
 
-  // out (rows, width of the panel) = bias + a * W^T. Rows of a are zero up to padded(depth) where
-  // nothing is packed.
-  void multiply(int64_t panel, int64_t rows, const T* a, int64_t row_stride, T* out,
-                int64_t out_stride) const {
+  void pack(int64_t panel, T* to) const {
+    for_vectors(panel, [&](int v, int64_t row, int64_t count) {
+      pack_transposed(weights + row * ld, ld, count, depth, to + v * kLanes<T>,
+                      columns.vectors(panel) * kLanes<T>);
+    });
+  }
+
+  // out (rows, width of the panel) = bias + a * W^T. `packed` is the panel, or null to use the
+  // weights as they are: rows of a must then be zero up to padded(depth).
+  void multiply(int64_t panel, const T* packed, int64_t rows, const T* a, int64_t row_stride,
+                T* out, int64_t out_stride) const {
     const T* init = bias + columns.column(panel);
     if (packed) {
-      multiply_panel<T>(columns.vectors(panel), rows, depth, {a, row_stride},
-                        packed + columns.column(panel) * depth, init, 0, out, out_stride);
+      multiply_panel<T>(columns.vectors(panel), rows, depth, {a, row_stride}, packed, init, 0, out,
+                        out_stride);
     } else {
       for_vectors(panel, [&](int v, int64_t row, int64_t count) {
         multiply_unpacked<T>(count, rows, depth, a, row_stride, weights + row * ld, ld,
@@ -81,6 +81,8 @@ struct ForwardPass {
 
   struct Direction {
     Matrix input, recurrent;
+    T* w_ih;         // panels, null where not packed once for all chunks
+    T* w_hh;         // panels, null where not packed
     T* projection;   // panels of W_hr^T
     T* x;            // (chunk rows, padded(I)): gathered input
     T* gx;           // (chunk rows, width)
@@ -96,6 +98,9 @@ struct ForwardPass {
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
   bool gather;
+  // With a single chunk every panel of W_ih is used once: packed when it is, one per member.
+  bool one_chunk;
+  T* member_panels = nullptr;
   Direction directions[kMaxDirections];
   size_t workspace_bytes;
 
@@ -105,6 +110,7 @@ struct ForwardPass {
         plan(p),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
+    one_chunk = plan.chunk_steps >= shape.steps;
     gather = !evenly_spaced(shape, call.x, &x_stride) || !plan.packed_weights;
     if (gather) x_stride = padded(shape.input_size);
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
@@ -113,19 +119,11 @@ struct ForwardPass {
     for (int d = 0; d < shape.directions; ++d) {
       Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
-      const bool pack = plan.packed_weights;
-      w.input = {columns,
-                 depth_x,
-                 from.w_ih,
-                 from.ld_ih,
-                 pack ? arena.take<T>(width * depth_x) : nullptr,
-                 arena.take<T>(width)};
-      w.recurrent = {columns,
-                     depth_h,
-                     from.w_hh,
-                     from.ld_hh,
-                     pack ? arena.take<T>(width * depth_h) : nullptr,
-                     arena.take<T>(width)};
+      w.input = {columns, depth_x, from.w_ih, from.ld_ih, arena.take<T>(width)};
+      w.recurrent = {columns, depth_h, from.w_hh, from.ld_hh, arena.take<T>(width)};
+      w.w_ih = plan.packed_weights && !one_chunk ? arena.take<T>(width * depth_x) : nullptr;
+      w.w_hh =
+          plan.packed_weights && plan.packed_recurrent ? arena.take<T>(width * depth_h) : nullptr;
       w.x = gather ? arena.take<T>(rows * x_stride) : nullptr;
       w.gx = arena.take<T>(rows * width);
       for (T*& h : w.h) h = arena.take<T>(shape.batch * padded(depth_h));
@@ -134,6 +132,8 @@ struct ForwardPass {
       w.projection = project ? arena.take<T>(projection_columns.size(shape.hidden_size)) : nullptr;
       w.unprojected = project ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
     }
+    if (plan.packed_weights && one_chunk)
+      member_panels = arena.take<T>(plan.threads * kPanelVectors * kLanes<T> * depth_x);
     workspace_bytes = arena.bytes();
   }
 
@@ -157,8 +157,10 @@ struct ForwardPass {
       const Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
       if (i < panels) {
-        w.input.prepare(i, from.b_ih);
-        w.recurrent.prepare(i, from.b_hh);
+        w.input.load_bias(i, from.b_ih);
+        w.recurrent.load_bias(i, from.b_hh);
+        if (w.w_ih) w.input.pack(i, w.w_ih + w.input.panel_offset(i));
+        if (w.w_hh) w.recurrent.pack(i, w.w_hh + w.recurrent.panel_offset(i));
       } else if (i < panels + projections) {
         pack_projection(w, from, i - panels);
       } else {
@@ -200,17 +202,36 @@ struct ForwardPass {
       });
     }
     const int64_t panels = columns.panels();
-    team.for_each(shape.directions * panels * blocks, [&](int64_t job) {
-      const int d = int(job / (panels * blocks));
-      const int64_t panel = job / blocks % panels;
-      const StepRange range = range_at(shape, d == 1, s, end);
-      const int64_t begin = job % blocks * kMaxRowBlock, last = block_end(begin, range);
-      if (begin >= last) return;
-      const Direction& w = directions[d];
-      const T* x = gather ? w.x : call.x.at(shape, range.first, 0);
-      w.input.multiply(panel, last - begin, x + begin * x_stride, x_stride,
-                       w.gx + begin * columns.width() + columns.column(panel), columns.width());
+    if (!member_panels) {
+      team.for_each(shape.directions * panels * blocks, [&](int64_t job) {
+        const int d = int(job / (panels * blocks));
+        const int64_t panel = job / blocks % panels;
+        const Direction& w = directions[d];
+        const T* packed = w.w_ih ? w.w_ih + w.input.panel_offset(panel) : nullptr;
+        input_tile(d, panel, packed, range_at(shape, d == 1, s, end), job % blocks);
+      });
+      return;
+    }
+    const int64_t most = blocks_of(team.members(), shape.directions * panels);
+    const int64_t shares = most < blocks ? most : blocks;  // of the rows, if panels are few
+    T* packed = member_panels + team.id() * kPanelVectors * kLanes<T> * shape.input_size;
+    team.for_each(shape.directions * panels * shares, [&](int64_t job) {
+      const int d = int(job / (panels * shares));
+      const int64_t panel = job / shares % panels, share = job % shares;
+      directions[d].input.pack(panel, packed);
+      for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
+        input_tile(d, panel, packed, range_at(shape, d == 1, s, end), block);
     });
+  }
+
+  void input_tile(int d, int64_t panel, const T* packed, const StepRange& range,
+                  int64_t block) const {
+    const int64_t begin = block * kMaxRowBlock, last = block_end(begin, range);
+    if (begin >= last) return;
+    const Direction& w = directions[d];
+    const T* x = gather ? w.x : call.x.at(shape, range.first, 0);
+    w.input.multiply(panel, packed, last - begin, x + begin * x_stride, x_stride,
+                     w.gx + begin * columns.width() + columns.column(panel), columns.width());
   }
 
   static int64_t block_end(int64_t begin, const StepRange& range) {
@@ -254,7 +275,8 @@ struct ForwardPass {
     const int64_t tile_width = kGates * unit_vectors * kLanes<T>;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* h_prev = w.h[s & 1] + begin * state;
-    w.recurrent.multiply(panel, rows, h_prev, state, tile, tile_width);
+    w.recurrent.multiply(panel, w.w_hh ? w.w_hh + w.recurrent.panel_offset(panel) : nullptr, rows,
+                         h_prev, state, tile, tile_width);
 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = begin + r;

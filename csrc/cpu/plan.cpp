@@ -12,7 +12,8 @@ constexpr double kL2BytesPerSecond = 60e9;
 constexpr double kBarrierSeconds = 0.5e-6;
 constexpr double kTeamStartSeconds = 4e-6;
 
-constexpr int64_t kForwardChunkBytes = 512 * 1024;
+constexpr int64_t kForwardChunkBytes = 1024 * 1024;
+constexpr int64_t kLongRow = 256;
 constexpr int64_t kBackwardChunkRows = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,6 +33,11 @@ Plan make_plan(const PlanInput& input) {
   // horizontal sum per output instead, which weighs more the shorter the row is.
   const int64_t products = steps * batch;
   plan.packed_weights = input.backward || products * 32 > std::max(s.state_size(), s.input_size);
+
+  // At batch 1 a step reads W_hh once, packed or not. Long rows hide the horizontal sums, and then
+  // packing (read, write, read again) only adds traffic.
+  plan.packed_recurrent =
+      plan.packed_weights && (input.backward || batch > 1 || s.state_size() < kLongRow);
 
   const int64_t row_bytes = gates * padded(s.hidden_size) * input.element_bytes;
   if (input.backward)

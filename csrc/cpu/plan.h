@@ -13,10 +13,13 @@ inline constexpr int64_t kMaxRowBlock = 48;
 
 struct Plan {
   int threads = 1;
-  bool packed_weights = true;  // forward only: else dot products on the weights as they are
-  int64_t chunk_steps = 1;     // steps whose input projection (weight gradient) is done at once
-  int64_t row_block = 1;       // batch rows of one job
-  double step_seconds = 0;     // predicted, of one thread
+  // Forward only. Packed, or dot products on the weights as they are? Of W_hh alone where a step
+  // has so few rows that reading the weights is all that counts.
+  bool packed_weights = true;
+  bool packed_recurrent = true;
+  int64_t chunk_steps = 1;  // steps whose input projection (weight gradient) is done at once
+  int64_t row_block = 1;    // batch rows of one job
+  double step_seconds = 0;  // predicted, of one thread
   const char* reason = "";
 };
 

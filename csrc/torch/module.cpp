@@ -95,6 +95,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   info["vector_width"] = current_kernels().vector_bytes / (dtype == "float64" ? 8 : 4);
   info["threads"] = p.threads;
   info["packed_weights"] = p.packed_weights;
+  info["packed_recurrent"] = p.packed_recurrent;
   info["chunk_steps"] = p.chunk_steps;
   info["row_block"] = p.row_block;
   info["predicted_step_us"] = p.step_seconds * 1e6;

@@ -91,6 +91,7 @@ struct Setting {
   int64_t gap = 0;                         // elements between rows, in data and weights
   int64_t chunk_steps = 0, row_block = 0;  // 0: as planned
   int packed_weights = -1;                 // -1: as planned
+  int packed_recurrent = -1;               // likewise
   int threads = 1;
   Runner runner = nullptr;
   bool training = true;  // keep the reserve
@@ -182,6 +183,7 @@ void run_call(const Call& call, bool backward, const Setting& setting) {
   if (setting.chunk_steps) plan.chunk_steps = setting.chunk_steps;
   if (setting.row_block) plan.row_block = setting.row_block;
   if (setting.packed_weights >= 0) plan.packed_weights = setting.packed_weights != 0;
+  if (setting.packed_recurrent >= 0) plan.packed_recurrent = setting.packed_recurrent != 0;
   const size_t bytes = workspace_bytes(call, plan);
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, bytes) != 0) std::abort();

@@ -79,6 +79,7 @@ TEST(same_rounding) {
     const auto check_same = [&] {
       const Plan plan = make_plan(in);
       CHECK_EQ(plan.packed_weights, one.packed_weights);
+      CHECK_EQ(plan.packed_recurrent, one.packed_recurrent);
       CHECK_EQ(plan.chunk_steps, one.chunk_steps);
       CHECK_EQ(plan.row_block, one.row_block);
     };
@@ -129,6 +130,9 @@ TEST(packing) {
   CHECK(!make_plan(input(1, 1, 512, 512)).packed_weights);
   CHECK(make_plan(input(100, 1, 512, 512)).packed_weights);
   CHECK(make_plan(input(1, 64, 512, 512)).packed_weights);
+  CHECK(!make_plan(input(100, 1, 512, 512)).packed_recurrent);
+  CHECK(make_plan(input(100, 1, 64, 64)).packed_recurrent);
+  CHECK(make_plan(input(100, 2, 512, 512)).packed_recurrent);
   PlanInput backward = input(1, 1, 512, 512);
   backward.backward = true;
   CHECK(make_plan(backward).packed_weights);
