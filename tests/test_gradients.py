@@ -409,7 +409,7 @@ def test_the_output_may_be_changed_in_place(cell: str) -> None:
         weight = doutput if not grads else doutput / 2
         (change(output) * weight).sum().backward()
         grads.append(leaf.grad)
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(grads[0], grads[1], rtol=TOLERANCE, atol=0)
 
 
 @pytest.mark.parametrize("cell", CELLS)

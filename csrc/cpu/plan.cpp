@@ -5,15 +5,14 @@
 namespace rnn_ext {
 namespace {
 
-// Order-of-magnitude figures of a current server core; the choices below are not sensitive to a
-// factor of two.
+// Order-of-magnitude figures of a current server core, not fitted to any one machine.
 constexpr double kFlopsPerVectorByte = 1.1e9;  // f32 multiply-add rate / vector width
 constexpr double kL2BytesPerSecond = 60e9;
 constexpr double kBarrierSeconds = 0.5e-6;
 constexpr double kTeamStartSeconds = 4e-6;
 
 constexpr int64_t kForwardChunkBytes = 1024 * 1024;
-constexpr int64_t kLongRow = 256;
+constexpr int64_t kLongRow = 256;  // not tuned: see docs/performance.md
 constexpr int64_t kBackwardChunkRows = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
