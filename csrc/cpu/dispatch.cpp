@@ -1,6 +1,10 @@
+#include <time.h>
+
+#include <algorithm>
 #include <atomic>
 
 #include "engine.h"
+#include "governor.h"
 
 namespace rnn_ext {
 namespace {
@@ -26,14 +30,24 @@ std::atomic<const Kernels*>& selected() {
   return kernels;
 }
 
+int64_t clock_ns(clockid_t clock) {
+  timespec now;
+  clock_gettime(clock, &now);
+  return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec;
+}
+
 // Start `plan.threads` members on the same call.
 template <class Call>
 void run_team(void (*kernel)(const Call&, const Plan&, void*, Member&), const Call& call,
               const Plan& plan, void* workspace, Runner runner) {
   Team team(plan.threads);
+  const double work = plan.step_seconds * double(call.shape.steps);
   if (team.members() == 1) {
     Member alone(team, 0);
+    const bool report = governor().on_trial();
+    const int64_t start = report ? clock_ns(CLOCK_MONOTONIC) : 0;
     kernel(call, plan, workspace, alone);
+    if (report) governor().one_thread_ran(work, clock_ns(CLOCK_MONOTONIC) - start);
     return;
   }
   struct Context {
@@ -43,14 +57,25 @@ void run_team(void (*kernel)(const Call&, const Plan&, void*, Member&), const Ca
     void* workspace;
     Team& team;
   } context{kernel, call, plan, workspace, team};
+  governor().team_starts();
+  const int64_t start = clock_ns(CLOCK_MONOTONIC), running = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+  const int64_t first_tick = ticks();
   runner(
       team.members(),
       [](int member, void* opaque) {
         const Context& c = *static_cast<Context*>(opaque);
         Member self(c.team, member);
         c.kernel(c.call, c.plan, c.workspace, self);
+        c.team.close();
       },
       &context);
+  const int64_t last_tick = ticks(), elapsed = clock_ns(CLOCK_MONOTONIC) - start;
+  // Lost: waits for stalled members, the wait for the others at the end, and all the time in which
+  // this thread itself was not running. The first two may be among the last.
+  const double waited =
+      double(team.ticks_lost() + last_tick - team.closed_at()) / double(last_tick - first_tick);
+  const int64_t off = elapsed - (clock_ns(CLOCK_THREAD_CPUTIME_ID) - running);
+  governor().team_ran(work, elapsed, std::max(int64_t(waited * double(elapsed)), off));
 }
 
 }  // namespace

@@ -149,41 +149,45 @@ void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<T> a, const T
   }
 }
 
-// The same product for one vector of columns, straight from a row-major weight matrix (column j
-// of B is row j of it): dot products. Worth it when packing would not be paid back. `weights` is
-// the row of lane 0, `columns` (1..lanes) how many rows exist. Rows of A are readable and zero up
-// to padded(depth).
-template <class T>
-void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a, int64_t row_stride,
-                       const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
+// Batch rows of a tile of dot products: as many as leave registers for the operands.
+inline constexpr int kDotRows = kVectorRegisters >= 32 ? 4 : 2;
+inline constexpr int kDotColumns = 4;
+
+template <class T, int kRows>
+inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t row_stride,
+                          const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
   using V = Vec<T>;
-  constexpr int kGroup = 4;  // weight rows at a time: enough independent sums
   const int64_t whole = depth / kLanes<T> * kLanes<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* left = a + r * row_stride;
-    V sum[kLanes<T>] = {};
-    for (int64_t j = 0; j < columns; j += kGroup) {
-      // A group cut short by the edge repeats its last row: same code, results ignored.
-      const T* w[kGroup];
+  V sum[kRows][kLanes<T>] = {};
+  for (int64_t j = 0; j < columns; j += kDotColumns) {
+    // A group cut short by the edge repeats its last row: same code, results ignored.
+    const T* w[kDotColumns];
 #pragma GCC unroll 4
-      for (int i = 0; i < kGroup; ++i)
-        w[i] = weights + (j + i < columns ? j + i : columns - 1) * ld;
-      V group[kGroup] = {};
-      for (int64_t k = 0; k < whole; k += kLanes<T>) {
-        const V x = load(left + k);
+    for (int i = 0; i < kDotColumns; ++i)
+      w[i] = weights + (j + i < columns ? j + i : columns - 1) * ld;
+    V group[kRows][kDotColumns] = {};
+    const auto add = [&](int64_t k, auto&& load_weights) {
+      V x[kRows];
 #pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i) group[i] += load(w[i] + k) * x;
+      for (int r = 0; r < kRows; ++r) x[r] = load(a + r * row_stride + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kDotColumns; ++i) {
+        const V y = load_weights(w[i] + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) group[r][i] += y * x[r];
       }
-      if (whole < depth) {
-        const V x = load(left + whole);
+    };
+    for (int64_t k = 0; k < whole; k += kLanes<T>) add(k, [](const T* p) { return load(p); });
+    if (whole < depth) add(whole, [&](const T* p) { return load_first(p, depth - whole); });
 #pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i) group[i] += load_first(w[i] + whole, depth - whole) * x;
-      }
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < kGroup; ++i)
-        if (j + i < kLanes<T>) sum[j + i] = group[i];
-    }
-    V total = sum_each<T>(sum);
+      for (int i = 0; i < kDotColumns; ++i)
+        if (j + i < kLanes<T>) sum[r][j + i] = group[r][i];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    V total = sum_each<T>(sum[r]);
     if (columns < kLanes<T>) {  // lanes without a row repeat the last one
       T lanes[kLanes<T>] = {};
       store_first(lanes, total, columns);
@@ -191,6 +195,22 @@ void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a,
     }
     store(out + r * out_stride, load(init) + total);
   }
+}
+
+// The same product for one vector of columns, straight from a row-major weight matrix (column j
+// of B is row j of it): dot products. Worth it when packing would not be paid back. `weights` is
+// the row of lane 0, `columns` (1..lanes) how many rows exist. Rows of A are readable and zero up
+// to padded(depth).
+template <class T>
+void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a, int64_t row_stride,
+                       const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
+  int64_t r = 0;
+  for (; r + kDotRows <= rows; r += kDotRows)
+    multiply_dots<T, kDotRows>(columns, depth, a + r * row_stride, row_stride, weights, ld, init,
+                               out + r * out_stride, out_stride);
+  for (; r < rows; ++r)
+    multiply_dots<T, 1>(columns, depth, a + r * row_stride, row_stride, weights, ld, init,
+                        out + r * out_stride, out_stride);
 }
 
 // Packs rows `first .. first + columns` of a row-major matrix (ld, depth columns) as one vector

@@ -1,14 +1,48 @@
 #include "team.h"
 
-#include <time.h>
+#include <algorithm>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
-#include <sched.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#include <time.h>
 
 namespace rnn_ext {
 namespace {
+
+// Spins before a member sleeps: tens of microseconds. A healthy member is at most one job away.
+constexpr int kSpins = 4000;
+// A wait is a stall if it is this many times as long as the spins and the member's own work in the
+// phase: jobs of a phase are alike.
+constexpr int kStallFactor = 2;
+// Time alone after a stall, as a multiple of the time it cost: 1, 2, 4 while stalls follow each
+// other closely. Longer is the governor's business.
+constexpr int kMaxDoublings = 2;
+
+// Until `word` is no longer `seen`; may return early.
+void sleep(std::atomic<uint32_t>& word, uint32_t seen) {
+#if defined(__linux__)
+  const timespec limit = {0, 10'000'000};
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, &limit, nullptr, 0);
+#else
+  const timespec nap = {0, 50'000};
+  if (word.load() == seen) nanosleep(&nap, nullptr);
+#endif
+}
+
+void wake(std::atomic<uint32_t>& word, int most) {
+  word.fetch_add(1);
+#if defined(__linux__)
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, most, nullptr, nullptr, 0);
+#else
+  (void)most;
+#endif
+}
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -33,21 +67,67 @@ int64_t Team::claim(int owner, uint32_t phase, int64_t size) {
   }
 }
 
-void Team::wait(uint64_t target) const {
-  // The other member is normally a few hundred nanoseconds away: spin first. If it is not, its
-  // core is probably taken: give this one away, at last by sleeping, so that the scheduler can move
-  // the owner of the unfinished job here.
-  constexpr int kSpins = 4000, kYields = 200;
-  for (int i = 0;; ++i) {
-    if (done_.value.load(std::memory_order_acquire) >= target) return;
-    if (i < kSpins) {
-      relax();
-    } else if (i < kSpins + kYields) {
-      sched_yield();
-    } else {
-      const timespec pause = {0, 50'000};
-      nanosleep(&pause, nullptr);
-    }
+void Team::finish(uint64_t jobs) {
+  // Sequentially consistent, as in wait(): either the sleeper sees these jobs or we see it.
+  done_.value.fetch_add(jobs);
+  if (sleepers_.load() > 0) wake(finished_, members_);
+}
+
+void Team::close() {
+  int64_t open = 0;
+  closed_at_.compare_exchange_strong(open, ticks());
+  if (sole_.exchange(kNobody) != kNobody) wake(admission_, members_);
+}
+
+void Team::wait(int member, uint64_t target, int64_t worked, bool admitted) {
+  const auto over = [&] { return done_.value.load(std::memory_order_acquire) >= target; };
+  if (!admitted) sleep_until_admitted(member);
+  if (over()) return;
+  const int64_t start = ticks();
+  for (int i = 0; i < kSpins; ++i) {
+    relax();
+    if (over()) return;
+  }
+  const int64_t patience = kStallFactor * (ticks() - start + worked);
+  // Give this core away: perhaps the owner of the unfinished job needs it.
+  sleepers_.fetch_add(1);
+  for (;;) {
+    const uint32_t seen = finished_.load();
+    if (over()) break;
+    sleep(finished_, seen);
+  }
+  sleepers_.fetch_sub(1);
+  const int64_t waited = ticks() - start;
+  if (admitted && waited > patience) go_alone(member, waited);
+}
+
+void Team::go_alone(int member, int64_t waited) {
+  lost_.fetch_add(waited);
+  const int64_t before = alone_for_.load();
+  const int64_t calm = ticks() - waited - sole_until_.load();
+  const int64_t duration =
+      before > 0 && calm < before ? std::min(2 * before, waited << kMaxDoublings) : waited;
+  alone_for_.store(duration);
+  sole_until_.store(ticks() + duration);
+  int nobody = kNobody;
+  sole_.compare_exchange_strong(nobody, member);
+}
+
+bool Team::still_alone() {
+  if (ticks() > sole_until_.load(std::memory_order_relaxed)) {
+    sole_.store(kNobody);
+    wake(admission_, members_);
+  }
+  return true;
+}
+
+// The one that works is not to be disturbed: no spinning, and no waking up at every phase.
+void Team::sleep_until_admitted(int member) {
+  for (;;) {
+    const uint32_t seen = admission_.load();
+    const int sole = sole_.load();
+    if (sole == kNobody || sole == member) return;
+    sleep(admission_, seen);
   }
 }
 

@@ -9,6 +9,11 @@
 // a member that starts late or a core that is taken away for a while cost time but never a hang,
 // and a member that wakes up late walks through the finished phases without doing anything.
 // Results do not depend on who does a job, so they are the same for any number of members.
+//
+// A core that is taken away with a claimed job holds up everybody. Whoever had to wait for that
+// much longer than it worked itself goes on alone for a while: the others may not claim jobs and
+// sleep. The longer this repeats itself, the longer it stays alone, so that a machine with one core
+// left costs little more than one thread would.
 #pragma once
 
 #include <atomic>
@@ -24,25 +29,62 @@ using Runner = void (*)(int members, void (*body)(int member, void* context), vo
 
 inline constexpr int kMaxTeam = 64;
 
+// A clock of unknown, constant rate that is cheap to read.
+RNN_EXT_SHARED_INLINE int64_t ticks() {
+#if defined(__x86_64__) || defined(__i386__)
+  return int64_t(__builtin_ia32_rdtsc());
+#elif defined(__aarch64__)
+  int64_t now;
+  asm volatile("mrs %0, cntvct_el0" : "=r"(now));
+  return now;
+#else
+#error "ticks() is not defined for this processor"
+#endif
+}
+
 class Team {
  public:
   explicit Team(int members) : members_(members < kMaxTeam ? members : kMaxTeam) {}
   RNN_EXT_SHARED_INLINE int members() const { return members_; }
 
+  // May this member claim jobs now?
+  RNN_EXT_SHARED_INLINE bool admits(int member) {
+    const int sole = sole_.load(std::memory_order_relaxed);
+    return sole == kNobody || (sole == member && still_alone());
+  }
   // Index of a claimed job in the range of `owner` (which has `size` jobs in this phase), or -1.
   int64_t claim(int owner, uint32_t phase, int64_t size);
-  RNN_EXT_SHARED_INLINE void finish(uint64_t jobs) {
-    done_.value.fetch_add(jobs, std::memory_order_acq_rel);
-  }
-  void wait(uint64_t target) const;
+  void finish(uint64_t jobs);
+  // Until `target` jobs are done. `worked`: the ticks this member has just worked; `admitted`:
+  // whether it was allowed to.
+  void wait(int member, uint64_t target, int64_t worked, bool admitted);
+  // A member has left its last phase: nobody needs to sleep any longer.
+  void close();
+
+  // When the first member left its last phase, and how long members waited for stalled ones.
+  int64_t closed_at() const { return closed_at_.load(std::memory_order_relaxed); }
+  int64_t ticks_lost() const { return lost_.load(std::memory_order_relaxed); }
 
  private:
   struct alignas(64) Line {
     std::atomic<uint64_t> value{0};
   };
+  static constexpr int kNobody = -1;
+
+  bool still_alone();  // true; but when the time is up, the others are admitted again
+  void go_alone(int member, int64_t waited);
+  void sleep_until_admitted(int member);
+
   int members_;
   Line done_;               // jobs finished since the start
   Line tickets_[kMaxTeam];  // per owner: phase << 32 | jobs claimed in that phase
+  // Read at every phase, seldom written: on a line of their own.
+  alignas(64) std::atomic<int> sole_{kNobody};  // the member that goes on alone
+  std::atomic<int> sleepers_{0};                // members that sleep until a job is finished
+  std::atomic<int64_t> sole_until_{0}, alone_for_{0};
+  std::atomic<int64_t> closed_at_{0}, lost_{0};
+  // What is slept on: changes when a job is finished, when the time alone is over.
+  std::atomic<uint32_t> finished_{0}, admission_{0};
 };
 
 class Member {
@@ -60,8 +102,10 @@ class Member {
     }
     ++phase_;
     target_ += uint64_t(jobs);
+    const int64_t start = ticks();
+    const bool admitted = team_.admits(id_);
     uint64_t mine = 0;
-    for (int k = 0; k < members; ++k) {
+    for (int k = 0; admitted && k < members; ++k) {
       const int owner = (id_ + k) % members;
       const int64_t begin = jobs * owner / members, end = jobs * (owner + 1) / members;
       for (;;) {
@@ -72,7 +116,7 @@ class Member {
       }
     }
     if (mine) team_.finish(mine);
-    team_.wait(target_);
+    team_.wait(id_, target_, ticks() - start, admitted);
   }
 
  private:

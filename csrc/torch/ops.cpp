@@ -9,6 +9,8 @@
 
 #include <atomic>
 
+#include "../cpu/governor.h"
+
 namespace rnn_ext {
 namespace {
 
@@ -21,7 +23,7 @@ void run_on_torch_threads(int members, void (*body)(int, void*), void* context) 
   at::parallel_for(0, members, 1, [&](int64_t begin, int64_t) { body(int(begin), context); });
 }
 
-int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int max_threads() { return at::in_parallel_region() ? 1 : governor().grant(at::get_num_threads()); }
 
 template <class Call>
 void run_call(const Call& call, const Plan& plan) {

@@ -1,0 +1,74 @@
+#include "governor.h"
+
+#include <algorithm>
+
+namespace rnn_ext {
+namespace {
+
+// A team that loses less than this part of its time is not questioned.
+constexpr int kTolerated = 4;
+constexpr int64_t kPause = 8;
+constexpr int kMaxLosses = 2;
+constexpr int64_t kLongest = 2'000'000'000;
+// Calls are judged together until they have taken this long, several time slices of a scheduler: a
+// single stall says nothing.
+constexpr int64_t kWindow = 32'000'000;
+
+}  // namespace
+
+void Governor::Record::add(double more, int64_t time) {
+  elapsed += time;
+  work = work + more;
+}
+
+double Governor::Record::rate() const { return work / double(std::max<int64_t>(elapsed, 1)); }
+
+void Governor::Record::clear() {
+  elapsed = 0;
+  work = 0;
+}
+
+int Governor::grant(int most) const {
+  if (on_trial()) return 1;
+  return std::max(1, most / (1 + teams_.load(std::memory_order_relaxed)));
+}
+
+void Governor::one_thread_ran(double work, int64_t elapsed) {
+  alone_.add(work, elapsed);
+  if ((alone_left_ -= elapsed) > 0) return;
+  if (alone_.rate() > team_.rate()) {
+    losses_ = std::min(losses_ + 1, kMaxLosses);
+    team_left_ = team_for_ = 0;
+  } else {
+    losses_ = 0;
+    team_for_ = std::clamp(kPause * team_for_, kPause * alone_for_, kLongest);
+    team_left_ = team_for_.load();
+  }
+  alone_.clear();
+  team_.clear();
+}
+
+void Governor::team_ran(double work, int64_t elapsed, int64_t lost) {
+  --teams_;
+  team_.add(work, elapsed);
+  team_lost_ += lost;
+  if (team_.elapsed < kWindow) return;
+  const bool wasteful = team_lost_ > team_.elapsed / kTolerated;
+  const bool trusted = (team_left_ -= std::min<int64_t>(team_.elapsed, team_left_)) > 0;
+  team_lost_ = 0;
+  if (!wasteful || trusted) {
+    team_.clear();
+    return;
+  }
+  int64_t pause = kWindow;
+  for (int i = 0; i < losses_; ++i) pause *= kPause;
+  alone_for_ = std::min(pause, kLongest);
+  alone_left_ = alone_for_.load();
+}
+
+Governor& governor() {
+  static Governor instance;
+  return instance;
+}
+
+}  // namespace rnn_ext

@@ -1,0 +1,110 @@
+// The governor, against made-up machines: calls of 2 ms of work, reported as such a machine would
+// have run them.
+#include <cstdint>
+
+#include "check.h"
+#include "cpu/governor.h"
+
+using namespace rnn_ext;
+
+namespace {
+
+constexpr int64_t kMs = 1'000'000;
+constexpr double kWork = 2e-3;
+
+struct Call {
+  int64_t elapsed, lost = 0;
+};
+
+struct Tally {
+  int64_t elapsed = 0;
+  int calls = 0, teams = 0;
+
+  double mean_ms() const { return double(elapsed) / double(calls) / double(kMs); }
+};
+
+// Runs calls for `duration` of made-up time: team(i) and alone(i) say what call i takes each way.
+template <class Team, class Alone>
+Tally run(Governor& governor, int64_t duration, Team&& team, Alone&& alone) {
+  Tally tally;
+  while (tally.elapsed < duration) {
+    if (governor.grant(2) == 2) {
+      const Call call = team(tally.calls);
+      governor.team_starts();
+      governor.team_ran(kWork, call.elapsed, call.lost);
+      tally.elapsed += call.elapsed;
+      ++tally.teams;
+    } else {
+      const Call call = alone(tally.calls);
+      if (governor.on_trial()) governor.one_thread_ran(kWork, call.elapsed);
+      tally.elapsed += call.elapsed;
+    }
+    ++tally.calls;
+  }
+  return tally;
+}
+
+Call healthy(int) { return {kMs}; }
+Call one_thread(int) { return {2 * kMs}; }
+// A core is gone: a time slice is lost in every call.
+Call stolen(int) { return {8 * kMs, 6 * kMs}; }
+// A neighbor on each core: every third call of a team loses a slice, one thread half of its time.
+Call team_of_halves(int i) { return i % 3 == 0 ? Call{5 * kMs, 4 * kMs} : Call{kMs}; }
+Call half_a_core(int) { return {4 * kMs}; }
+
+}  // namespace
+
+TEST(healthy_machine_always_has_its_team) {
+  Governor governor;
+  const Tally tally = run(governor, 1000 * kMs, healthy, one_thread);
+  CHECK_EQ(tally.teams, tally.calls);
+}
+
+TEST(stolen_core_costs_little_more_than_one_thread) {
+  Governor governor;
+  run(governor, 1000 * kMs, healthy, one_thread);
+  CHECK(run(governor, 5000 * kMs, stolen, one_thread).mean_ms() < 1.15 * 2);
+  CHECK(run(governor, 20000 * kMs, stolen, one_thread).mean_ms() < 1.05 * 2);
+}
+
+TEST(team_comes_back_with_the_core) {
+  Governor governor;
+  run(governor, 5000 * kMs, stolen, one_thread);
+  const Tally tally = run(governor, 10000 * kMs, healthy, one_thread);
+  CHECK(tally.mean_ms() < 1.3);
+  CHECK_EQ(governor.grant(2), 2);
+}
+
+TEST(one_stall_is_soon_forgotten) {
+  Governor governor;
+  run(governor, 1000 * kMs, healthy, one_thread);
+  const auto once = [](int i) { return i == 0 ? Call{9 * kMs, 8 * kMs} : Call{kMs}; };
+  CHECK(run(governor, 1000 * kMs, once, one_thread).mean_ms() < 1.1);
+}
+
+TEST(shared_cores_keep_the_team) {
+  Governor governor;
+  const Tally tally = run(governor, 10000 * kMs, team_of_halves, half_a_core);
+  CHECK(tally.teams > tally.calls * 9 / 10);
+}
+
+TEST(short_waits_are_tolerated) {
+  Governor governor;
+  const auto uneven = [](int) { return Call{kMs, kMs / 5}; };
+  const Tally tally = run(governor, 1000 * kMs, uneven, one_thread);
+  CHECK_EQ(tally.teams, tally.calls);
+}
+
+TEST(teams_share_the_threads) {
+  Governor governor;
+  CHECK_EQ(governor.grant(8), 8);
+  governor.team_starts();
+  CHECK_EQ(governor.grant(8), 4);
+  governor.team_starts();
+  governor.team_starts();
+  CHECK_EQ(governor.grant(8), 2);
+  CHECK_EQ(governor.grant(2), 1);
+  for (int i = 0; i < 3; ++i) governor.team_ran(kWork, kMs, 0);
+  CHECK_EQ(governor.grant(8), 8);
+  CHECK_EQ(governor.grant(1), 1);
+}
