@@ -93,6 +93,7 @@ template <class T>
 struct ForwardCall {
   SequenceShape shape;
   Rounding rounding = Rounding::kNone;
+  bool bf16_products = false;       // round what products read to bfloat16, if that is faster here
   bool linear_activations = false;  // tests only: see cpu/activations.h
   DirectionWeights<T> weights[kMaxDirections];
   StepRows<const T> x;                // (T, B, I)
@@ -119,6 +120,7 @@ struct DirectionGradients {
 template <class T>
 struct BackwardCall {
   SequenceShape shape;
+  bool bf16_products = false;  // as in forward
   bool linear_activations = false;
   DirectionWeights<T> weights[kMaxDirections];
   StepRows<const T> x;                    // (T, B, I)

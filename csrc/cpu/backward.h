@@ -18,8 +18,11 @@
 
 namespace rnn_ext::RNN_EXT_ISA {
 
-template <class T, class Cell>
+template <class P, class Cell>
 struct BackwardPass {
+  using T = typename P::Value;
+  using Element = typename P::Element;
+  static constexpr bool kValuesAreOperands = P::kPerElement == 1;
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
   static constexpr int64_t kSumRows = 16;
@@ -30,18 +33,21 @@ struct BackwardPass {
     T* out = nullptr;
     int64_t m = 0;
     Columns<T> n{0};
-    T* left = nullptr;
-    T* right = nullptr;
+    Element* left = nullptr;
+    Element* right = nullptr;
   };
 
   struct Direction {
-    T* w_hh;    // panels of (G*H, R)
-    T* w_hr;    // panels of (P, H)
+    Element* w_hh;  // panels of (G*H, R)
+    Element* w_hr;  // panels of (P, H)
     T* dgx[2];  // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last
     T* dgh[2];  // of their recurrent side; the same array unless the cell tells them apart
-    T* carry;   // (B, padded(R)): dL/dh on its way to the next position, without the product
-    T* dc;      // (B, padded(H))
-    T* dh;      // (chunk rows, padded(P)): dL/dh after the projection
+    Element* dgx_operand[2];  // the same as operands
+    Element* dgh_operand[2];
+    T* carry;  // (B, padded(R)): dL/dh on its way to the next position, without the product
+    T* dc;     // (B, padded(H))
+    T* dh;     // (chunk rows, padded(P)): dL/dh after the projection
+    Element* dh_operand;
     T* output;  // (chunk rows, padded(H)): h before the projection
     WeightGradient ih, hh, hr;
   };
@@ -53,7 +59,7 @@ struct BackwardPass {
   const bool project;
   Columns<T> state_columns, input_columns, hidden_columns;
   Direction directions[kMaxDirections];
-  T* w_ih = nullptr;  // a panel of (G*H, I) per member of the team, only for dx
+  Element* w_ih = nullptr;  // a panel of (G*H, I) per member of the team, only for dx
   size_t workspace_bytes;
 
   BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
@@ -65,24 +71,38 @@ struct BackwardPass {
         state_columns{c.shape.state_size()},
         input_columns{c.shape.input_size},
         hidden_columns{c.shape.hidden_size} {
-    const int64_t rows = max_chunk_rows(shape, plan), H = shape.hidden_size, P = shape.proj_size;
+    const int64_t rows = max_chunk_rows(shape, plan), H = shape.hidden_size;
     Arena arena(workspace);
     const auto take = [&](int64_t count, bool wanted = true) {
       return wanted ? arena.take<T>(count) : nullptr;
     };
+    const auto take_elements = [&](int64_t count, bool wanted = true) {
+      return wanted ? arena.take<Element>(count) : nullptr;
+    };
+    // The operands made of an array of values: the array itself if they are the same.
+    const auto take_operand = [&](T* values, int64_t count, bool wanted = true) {
+      if constexpr (kValuesAreOperands)
+        return values;
+      else
+        return take_elements(count, wanted);
+    };
     for (int d = 0; d < shape.directions; ++d) {
       Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
-      w.w_hh = take(state_columns.size(gate_rows));
-      w.w_hr = take(hidden_columns.size(P), project);
+      w.w_hh = take_elements(state_columns.size(gate_depth()));
+      w.w_hr = take_elements(hidden_columns.size(elements<P>(shape.proj_size)), project);
       for (int i = 0; i < 2; ++i) {
         const bool used = i == 0 || plan.chunk_steps < shape.steps;
         w.dgx[i] = take(rows * gate_rows, used);
+        w.dgx_operand[i] = take_operand(w.dgx[i], rows * gate_depth(), used);
         w.dgh[i] = Cell::kSplitsGradient ? take(rows * gate_rows, used) : w.dgx[i];
+        w.dgh_operand[i] = Cell::kSplitsGradient ? take_operand(w.dgh[i], rows * gate_depth(), used)
+                                                 : w.dgx_operand[i];
       }
       w.carry = take(shape.batch * padded(shape.state_size()));
       w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
-      w.dh = take(rows * padded(P), project);
+      w.dh = take(rows * padded(shape.proj_size), project);
+      w.dh_operand = take_operand(w.dh, rows * projection_stride(), project);
       w.output = take(rows * padded(H), project && g.w_hr);
     }
     const size_t mark = arena.mark();
@@ -91,16 +111,17 @@ struct BackwardPass {
         gradient.out = out;
         gradient.m = m;
         gradient.n = n;
-        gradient.left = take(blocks_of(m, kMaxRowBlock) * kMaxRowBlock * rows, out);
-        gradient.right = take(n.size(rows), out);
+        const int64_t depth = elements<P>(rows);
+        gradient.left = take_elements(blocks_of(m, kMaxRowBlock) * kMaxRowBlock * depth, out);
+        gradient.right = take_elements(n.size(depth), out);
       };
       const DirectionGradients<T>& g = call.gradients[d];
       set_up(directions[d].ih, g.w_ih, gate_rows, input_columns);
       set_up(directions[d].hh, g.w_hh, gate_rows, state_columns);
-      set_up(directions[d].hr, g.w_hr, P, hidden_columns);
+      set_up(directions[d].hr, g.w_hr, shape.proj_size, hidden_columns);
     }
     arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
-    if (call.dx.data) w_ih = arena.take<T>(plan.threads * gate_rows * Columns<T>::kWidth);
+    if (call.dx.data) w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
     workspace_bytes = arena.bytes();
   }
 
@@ -119,6 +140,10 @@ struct BackwardPass {
   }
 
  private:
+  // Rows of operands, in elements.
+  int64_t gate_depth() const { return elements<P>(gate_rows); }
+  int64_t projection_stride() const { return elements<P>(padded(shape.proj_size)); }
+
   // Backward undoes the directions' own order.
   bool reversed(int d) const { return d == 0; }
 
@@ -135,23 +160,32 @@ struct BackwardPass {
       i -= states;
       if (i < hiddens)
         return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
+      clear_operand_ends(w);
       load_state(w.carry, call.dh_n[d], shape.batch, shape.state_size());
       if (w.dc) load_state(w.dc, call.dc_n[d], shape.batch, shape.hidden_size);
     });
   }
 
+  // The last element of a row of gate gradients may have room for a value that is never stored.
+  void clear_operand_ends(const Direction& w) const {
+    if (gate_rows % P::kPerElement == 0) return;
+    const int64_t rows = max_chunk_rows(shape, plan);
+    for (Element* const* slots : {w.dgx_operand, w.dgh_operand})
+      for (int i = 0; i < 2; ++i)
+        for (int64_t r = 0; slots[i] && r < rows; ++r) slots[i][(r + 1) * gate_depth() - 1] = 0;
+  }
+
   static void pack(const T* matrix, int64_t ld, int64_t depth, Columns<T> columns, int64_t panel,
-                   T* panels) {
-    pack_panel(matrix, ld, depth, columns, panel, panels + columns.offset(panel, depth));
+                   Element* panels) {
+    pack_panel(matrix, ld, depth, columns, panel,
+               panels + columns.offset(panel, elements<P>(depth)));
   }
 
   static void pack_panel(const T* matrix, int64_t ld, int64_t depth, Columns<T> columns,
-                         int64_t panel, T* to) {
-    const int vectors = columns.vectors(panel);
+                         int64_t panel, Element* to) {
     const int64_t first = columns.first(panel);
     for (int64_t k = 0; k < depth; ++k)
-      pack_row(matrix + k * ld + first, columns.count - first, vectors,
-               to + k * vectors * kLanes<T>);
+      pack_row<P>(matrix + k * ld + first, columns.count - first, columns.vectors(panel), k, to);
   }
 
   StepRange chunk_range(int d, int64_t chunk) const {
@@ -209,9 +243,10 @@ struct BackwardPass {
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* carry = w.carry + begin * stride + first;
     if (earlier > 0) {
-      const T* dg = w.dgh[slot(s - 1)] + (chunk_row(d, s - 1) + begin) * gate_rows;
-      multiply_panel<T>(vectors, earlier, gate_rows, {dg, gate_rows},
-                        w.w_hh + state_columns.offset(panel, gate_rows), nullptr, 0, tile, width);
+      const Element* dg = w.dgh_operand[slot(s - 1)] + (chunk_row(d, s - 1) + begin) * gate_depth();
+      multiply_panel<P>(vectors, earlier, gate_depth(), {dg, gate_depth()},
+                        w.w_hh + state_columns.offset(panel, gate_depth()), nullptr, 0, tile,
+                        width);
     }
     // The carried part is added to the finished product, not used as its start: it is larger than
     // any single term, and every addition to it would round at its size.
@@ -239,7 +274,13 @@ struct BackwardPass {
     }
     if (project) {
       for (int64_t r = 0; r < now; ++r) {
-        copy_row(w.dh + (chunk_row(d, s) + begin + r) * stride + first, tile + r * width, width);
+        const int64_t row = chunk_row(d, s) + begin + r;
+        copy_row(w.dh + row * stride + first, tile + r * width, width);
+        if constexpr (!kValuesAreOperands) {
+          for (int64_t i = 0; i < width; i += kLanes<T>)
+            P::store(w.dh_operand + row * projection_stride(), first + i,
+                     load(tile + r * width + i), kLanes<T>);
+        }
         zero_row(carry + r * stride, width);
       }
     } else {
@@ -256,12 +297,13 @@ struct BackwardPass {
     const Direction& w = directions[d];
     const int64_t now = clip(active_at(d, s), begin);
     if (now == 0) return;
-    const int64_t P = shape.proj_size, stride = padded(P), first = hidden_columns.first(panel);
+    const int64_t depth = elements<P>(shape.proj_size), first = hidden_columns.first(panel);
     const int vectors = hidden_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    multiply_panel<T>(vectors, now, P, {w.dh + (chunk_row(d, s) + begin) * stride, stride},
-                      w.w_hr + hidden_columns.offset(panel, P), nullptr, 0, tile, width);
+    const Element* dh = w.dh_operand + (chunk_row(d, s) + begin) * projection_stride();
+    multiply_panel<P>(vectors, now, depth, {dh, projection_stride()},
+                      w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < now; ++r)
       for (int v = 0; v < vectors; ++v)
         unit_backward(d, s, t, begin + r, first + v * kLanes<T>,
@@ -296,11 +338,18 @@ struct BackwardPass {
     if constexpr (Cell::kHasCellState) u.dc = load(w.dc + b * hidden + unit);
     Cell::backward(math, saved, u, dx, dg);
     if constexpr (Cell::kHasCellState) store(w.dc + b * hidden + unit, u.dc);
-    const int64_t row = (chunk_row(d, s) + b) * gate_rows + unit;
+    const int64_t row = chunk_row(d, s) + b;
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g) {
-      store_upto(w.dgx[slot(s)] + row + g * H, dx[g], rest);
-      if constexpr (Cell::kSplitsGradient) store_upto(w.dgh[slot(s)] + row + g * H, dg[g], rest);
+      const int64_t column = g * H + unit;
+      store_upto(w.dgx[slot(s)] + row * gate_rows + column, dx[g], rest);
+      if constexpr (!kValuesAreOperands)
+        P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, dx[g], rest);
+      if constexpr (Cell::kSplitsGradient) {
+        store_upto(w.dgh[slot(s)] + row * gate_rows + column, dg[g], rest);
+        if constexpr (!kValuesAreOperands)
+          P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dg[g], rest);
+      }
     }
     return u.dh_prev;
   }
@@ -353,17 +402,15 @@ struct BackwardPass {
     });
   }
 
-  static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, T* to, T* also,
-                        int64_t m) {
-    const int64_t first = block * kMaxRowBlock,
-                  count = m - first < kMaxRowBlock ? m - first : kMaxRowBlock;
-    for (T* blocks : {to, also}) {
+  static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, Element* to,
+                        Element* also, int64_t m) {
+    constexpr int kVectors = int(kMaxRowBlock) / kLanes<T>;
+    const int64_t first = block * kMaxRowBlock;
+    for (Element* blocks : {to, also}) {
       if (!blocks) continue;
-      T* out = blocks + first * rows;
-      for (int64_t r = 0; r < rows; ++r, out += kMaxRowBlock) {
-        copy_row(out, from + r * ld + first, count);
-        if (count < kMaxRowBlock) zero_row(out + count, kMaxRowBlock - count);
-      }
+      Element* out = blocks + first * elements<P>(rows);
+      for (int64_t r = 0; r < rows; ++r)
+        pack_row<P>(from + r * ld + first, m - first, kVectors, r, out);
     }
   }
 
@@ -392,14 +439,11 @@ struct BackwardPass {
                   Source&& source) const {
     if (!gradient.right) return;
     const int vectors = gradient.n.vectors(panel);
-    const int64_t first = gradient.n.first(panel), width = vectors * kLanes<T>;
-    T* to = gradient.right + gradient.n.offset(panel, range.rows);
+    const int64_t first = gradient.n.first(panel);
+    Element* to = gradient.right + gradient.n.offset(panel, elements<P>(range.rows));
     for_rows(shape, range, 0, range.rows, [&](int64_t row, int64_t t, int64_t b) {
       const T* from = source(row, t, b);
-      if (from)
-        pack_row(from + first, gradient.n.count - first, vectors, to + row * width);
-      else
-        zero_row(to + row * width, width);
+      pack_row<P>(from ? from + first : nullptr, gradient.n.count - first, vectors, row, to);
     });
   }
 
@@ -433,8 +477,9 @@ struct BackwardPass {
     const int vectors = g.n.vectors(panel);
     const int64_t width = vectors * kLanes<T>;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    multiply_panel<T>(vectors, count, rows, {g.left + m * rows, 1, kMaxRowBlock},
-                      g.right + g.n.offset(panel, rows), nullptr, 0, tile, width);
+    const int64_t depth = elements<P>(rows);
+    multiply_panel<P>(vectors, count, depth, {g.left + m * depth, 1, kMaxRowBlock},
+                      g.right + g.n.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < count; ++r) {
       T* out = g.out + (m + r) * g.n.count + first;
       for (int v = 0; v < vectors; ++v) {
@@ -455,7 +500,7 @@ struct BackwardPass {
     const int64_t most =
         blocks_of(team.members(), panels);  // fewer panels than members: share them
     const int64_t shares = most < blocks ? most : blocks;
-    T* panel_of_member = w_ih + team.id() * gate_rows * Columns<T>::kWidth;
+    Element* panel_of_member = w_ih + team.id() * gate_depth() * Columns<T>::kWidth;
     team.for_each(panels * shares, [&](int64_t i) {
       const int64_t panel = i / shares, share = i % shares;
       const DirectionWeights<T>& from = call.weights[d];
@@ -465,15 +510,16 @@ struct BackwardPass {
     });
   }
 
-  void input_tile(int d, int64_t panel, const T* packed, const StepRange& range, int64_t begin,
-                  int64_t s) const {
+  void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
+                  int64_t begin, int64_t s) const {
     const int64_t rows = range.rows - begin < kMaxRowBlock ? range.rows - begin : kMaxRowBlock;
     const int64_t first = input_columns.first(panel), chunk = s / plan.chunk_steps;
     const int vectors = input_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    const T* dg = directions[d].dgx[slot(s)] + begin * gate_rows;
-    multiply_panel<T>(vectors, rows, gate_rows, {dg, gate_rows}, packed, nullptr, 0, tile, width);
+    const Element* dg = directions[d].dgx_operand[slot(s)] + begin * gate_depth();
+    multiply_panel<P>(vectors, rows, gate_depth(), {dg, gate_depth()}, packed, nullptr, 0, tile,
+                      width);
     for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
       const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
       T* dx = call.dx.at(shape, t, b) + first;

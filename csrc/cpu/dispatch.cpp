@@ -22,6 +22,17 @@ std::vector<const Kernels*> runnable_kernels() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     kernels.push_back(&avx512::kKernels);
 #endif
+#if defined(RNN_EXT_HAVE_AVX512_BF16)
+  if (kernels.back() == &avx512::kKernels && __builtin_cpu_supports("avx512bf16")) {
+    static const Kernels with_bf16 = [] {
+      Kernels copy = avx512::kKernels;
+      copy.name = "avx512_bf16";
+      copy.bf16_products = &avx512_bf16::kBFloat16Products;
+      return copy;
+    }();
+    kernels.push_back(&with_bf16);
+  }
+#endif
   return kernels;
 }
 
@@ -98,29 +109,49 @@ bool select_isa(const std::string& name) {
 }
 
 template <class T>
-Plan plan_call(const SequenceShape& shape, bool backward, int max_threads) {
-  return make_plan({shape, int(sizeof(T)), current_kernels().vector_bytes, backward, max_threads});
+Plan plan_call(const SequenceShape& shape, bool backward, int max_threads, bool bf16_products) {
+  const Kernels& kernels = current_kernels();
+  return make_plan({shape, int(sizeof(T)), kernels.vector_bytes, backward,
+                    sizeof(T) == sizeof(float) && bf16_products && kernels.bf16_products,
+                    max_threads});
 }
+
+namespace {
+
+// A few rows are not worth packing, and without packing operands stay as they are.
+template <class Call, class T>
+const KernelsOf<T>& kernels_for(const Call& call, const Plan& plan, const KernelsOf<T>& full) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const KernelsOf<float>* narrow = current_kernels().bf16_products;
+    if (call.bf16_products && narrow && plan.packed_weights && plan.packed_recurrent)
+      return *narrow;
+  }
+  return full;
+}
+
+}  // namespace
 
 template <class T>
 size_t workspace_bytes(const ForwardCall<T>& call, const Plan& plan) {
-  return current_kernels().of<T>().forward_workspace(call, plan);
+  return kernels_for(call, plan, current_kernels().of<T>()).forward_workspace(call, plan);
 }
 template <class T>
 size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan) {
-  return current_kernels().of<T>().backward_workspace(call, plan);
+  return kernels_for(call, plan, current_kernels().of<T>()).backward_workspace(call, plan);
 }
 template <class T>
 void run(const ForwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
-  run_team<ForwardCall<T>>(current_kernels().of<T>().forward, call, plan, workspace, runner);
+  run_team<ForwardCall<T>>(kernels_for(call, plan, current_kernels().of<T>()).forward, call, plan,
+                           workspace, runner);
 }
 template <class T>
 void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
-  run_team<BackwardCall<T>>(current_kernels().of<T>().backward, call, plan, workspace, runner);
+  run_team<BackwardCall<T>>(kernels_for(call, plan, current_kernels().of<T>()).backward, call, plan,
+                            workspace, runner);
 }
 
 #define RNN_EXT_INSTANTIATE(T)                                             \
-  template Plan plan_call<T>(const SequenceShape&, bool, int);             \
+  template Plan plan_call<T>(const SequenceShape&, bool, int, bool);       \
   template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);  \
   template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&); \
   template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner); \

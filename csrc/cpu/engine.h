@@ -13,7 +13,7 @@ namespace rnn_ext {
 // --- Instruction sets ---------------------------------------------------------------------------
 
 // Names this machine can run, slowest first. "scalar" is the baseline of the target (SSE2 on
-// x86-64, NEON on aarch64).
+// x86-64, NEON on aarch64); "avx512_bf16" is avx512 with products of bfloat16.
 std::vector<std::string> available_isas();
 const Kernels& current_kernels();
 // False if the name is unknown or this machine cannot run it; nothing changes then. Not to be
@@ -25,7 +25,8 @@ bool select_isa(const std::string& name);
 // T is float or double. A shape needs steps >= 1 and batch >= 1. `workspace` has at least the bytes
 // asked for, 64-byte aligned, uninitialized. With plan.threads == 1 the runner is not used.
 template <class T>
-Plan plan_call(const SequenceShape& shape, bool backward, int max_threads);
+Plan plan_call(const SequenceShape& shape, bool backward, int max_threads,
+               bool bf16_products = false);
 
 template <class T>
 size_t workspace_bytes(const ForwardCall<T>& call, const Plan& plan);

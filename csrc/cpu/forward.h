@@ -11,21 +11,23 @@
 #include "activations.h"
 #include "buffers.h"
 #include "product.h"
-#include "rounding.h"
 #include "team.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 
 // A gate matrix with its bias, in the two forms it can be used in: panels, or as it is.
-template <class T, int kGates>
+template <class P, int kGates>
 struct GateMatrix {
+  using T = typename P::Value;
+  using Element = typename P::Element;
+
   GateColumns<T, kGates> columns;
   int64_t depth;
   const T* weights;  // (G*H, depth), leading dimension ld
   int64_t ld;
   T* bias;  // (width) in panel order
 
-  int64_t panel_offset(int64_t panel) const { return columns.column(panel) * depth; }
+  int64_t panel_offset(int64_t panel) const { return columns.column(panel) * elements<P>(depth); }
 
   void load_bias(int64_t panel, const T* plain) const {
     for_vectors(panel, [&](int v, int64_t row, int64_t count) {
@@ -34,22 +36,22 @@ struct GateMatrix {
     });
   }
 
-  void pack(int64_t panel, T* to) const {
+  void pack(int64_t panel, Element* to) const {
     for_vectors(panel, [&](int v, int64_t row, int64_t count) {
-      pack_transposed(weights + row * ld, ld, count, depth, to + v * kLanes<T>,
-                      columns.vectors(panel) * kLanes<T>);
+      pack_transposed<P>(weights + row * ld, ld, count, depth, to + v * kLanes<T>,
+                         columns.vectors(panel) * kLanes<T>);
     });
   }
 
   // out (rows, width of the panel) = bias + a * W^T. `packed` is the panel, or null to use the
   // weights as they are: rows of a must then be zero up to padded(depth).
-  void multiply(int64_t panel, const T* packed, int64_t rows, const T* a, int64_t row_stride,
-                T* out, int64_t out_stride) const {
+  void multiply(int64_t panel, const Element* packed, int64_t rows, const Element* a,
+                int64_t row_stride, T* out, int64_t out_stride) const {
     const T* init = bias + columns.column(panel);
     if (packed) {
-      multiply_panel<T>(columns.vectors(panel), rows, depth, {a, row_stride}, packed, init, 0, out,
-                        out_stride);
-    } else {
+      multiply_panel<P>(columns.vectors(panel), rows, elements<P>(depth), {a, row_stride}, packed,
+                        init, 0, out, out_stride);
+    } else if constexpr (P::kPerElement == 1) {
       for_vectors(panel, [&](int v, int64_t row, int64_t count) {
         multiply_unpacked<T>(count, rows, depth, a, row_stride, weights + row * ld, ld,
                              init + v * kLanes<T>, out + v * kLanes<T>, out_stride);
@@ -73,22 +75,26 @@ struct GateMatrix {
   }
 };
 
-template <class T, class Cell>
+template <class P, class Cell>
 struct ForwardPass {
+  using T = typename P::Value;
+  using Element = typename P::Element;
+  static constexpr bool kValuesAreOperands = P::kPerElement == 1;
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
-  using Matrix = GateMatrix<T, kGates>;
+  using Matrix = GateMatrix<P, kGates>;
 
   struct Direction {
     Matrix input, recurrent;
-    T* w_ih;         // panels, null where not packed once for all chunks
-    T* w_hh;         // panels, null where not packed
-    T* projection;   // panels of W_hr^T
-    T* x;            // (chunk rows, padded(I)): gathered input
-    T* gx;           // (chunk rows, width)
-    T* h[2];         // (B, padded(R)): h_{t-1} and h_t, alternating
-    T* c;            // (B, padded(H))
-    T* unprojected;  // (B, padded(H))
+    Element* w_ih;          // panels, null where not packed once for all chunks
+    Element* w_hh;          // panels, null where not packed
+    Element* projection;    // panels of W_hr^T
+    Element* x;             // (chunk rows, padded(I)): gathered input
+    T* gx;                  // (chunk rows, width)
+    T* h[2];                // (B, padded(R)): h_{t-1} and h_t, alternating
+    Element* h_operand[2];  // the same as operands
+    T* c;                   // (B, padded(H))
+    Element* unprojected;   // (B, padded(H))
   };
 
   const ForwardCall<T>& call;
@@ -100,7 +106,7 @@ struct ForwardPass {
   bool gather;
   // With a single chunk every panel of W_ih is used once: packed when it is, one per member.
   bool one_chunk;
-  T* member_panels = nullptr;
+  Element* member_panels = nullptr;
   Direction directions[kMaxDirections];
   size_t workspace_bytes;
 
@@ -111,29 +117,38 @@ struct ForwardPass {
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
-    gather = !evenly_spaced(shape, call.x, &x_stride) || !plan.packed_weights;
-    if (gather) x_stride = padded(shape.input_size);
+    gather =
+        !evenly_spaced(shape, call.x, &x_stride) || !plan.packed_weights || !kValuesAreOperands;
+    if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
-    const int64_t depth_x = shape.input_size, depth_h = shape.state_size();
+    const int64_t depth_x = elements<P>(shape.input_size);
+    const int64_t depth_h = elements<P>(shape.state_size());
     Arena arena(workspace);
     for (int d = 0; d < shape.directions; ++d) {
       Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
-      w.input = {columns, depth_x, from.w_ih, from.ld_ih, arena.take<T>(width)};
-      w.recurrent = {columns, depth_h, from.w_hh, from.ld_hh, arena.take<T>(width)};
-      w.w_ih = plan.packed_weights && !one_chunk ? arena.take<T>(width * depth_x) : nullptr;
-      w.w_hh =
-          plan.packed_weights && plan.packed_recurrent ? arena.take<T>(width * depth_h) : nullptr;
-      w.x = gather ? arena.take<T>(rows * x_stride) : nullptr;
+      w.input = {columns, shape.input_size, from.w_ih, from.ld_ih, arena.take<T>(width)};
+      w.recurrent = {columns, shape.state_size(), from.w_hh, from.ld_hh, arena.take<T>(width)};
+      w.w_ih = plan.packed_weights && !one_chunk ? arena.take<Element>(width * depth_x) : nullptr;
+      w.w_hh = plan.packed_weights && plan.packed_recurrent ? arena.take<Element>(width * depth_h)
+                                                            : nullptr;
+      w.x = gather ? arena.take<Element>(rows * x_stride) : nullptr;
       w.gx = arena.take<T>(rows * width);
-      for (T*& h : w.h) h = arena.take<T>(shape.batch * padded(depth_h));
+      for (int i = 0; i < 2; ++i) {
+        w.h[i] = arena.take<T>(shape.batch * padded(shape.state_size()));
+        if constexpr (kValuesAreOperands)
+          w.h_operand[i] = w.h[i];
+        else
+          w.h_operand[i] = arena.take<Element>(shape.batch * state_stride());
+      }
       w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
       const bool project = shape.proj_size > 0;
-      w.projection = project ? arena.take<T>(projection_columns.size(shape.hidden_size)) : nullptr;
-      w.unprojected = project ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
+      w.projection =
+          project ? arena.take<Element>(projection_columns.size(hidden_depth())) : nullptr;
+      w.unprojected = project ? arena.take<Element>(shape.batch * hidden_stride()) : nullptr;
     }
     if (plan.packed_weights && one_chunk)
-      member_panels = arena.take<T>(plan.threads * kPanelVectors * kLanes<T> * depth_x);
+      member_panels = arena.take<Element>(plan.threads * member_panel_size());
     workspace_bytes = arena.bytes();
   }
 
@@ -148,6 +163,14 @@ struct ForwardPass {
   }
 
  private:
+  // Rows of operands, in elements.
+  int64_t state_stride() const { return elements<P>(padded(shape.state_size())); }
+  int64_t hidden_stride() const { return elements<P>(padded(shape.hidden_size)); }
+  int64_t hidden_depth() const { return elements<P>(shape.hidden_size); }
+  int64_t member_panel_size() const {
+    return kPanelVectors * kLanes<T> * elements<P>(shape.input_size);
+  }
+
   void prepare(Member& team) const {
     const int64_t panels = columns.panels(), projections = projection_columns.panels();
     const int64_t jobs = panels + projections + 1;
@@ -165,6 +188,13 @@ struct ForwardPass {
         pack_projection(w, from, i - panels);
       } else {
         for (T* h : w.h) load_state(h, call.h_0[d], shape.batch, shape.state_size());
+        if constexpr (!kValuesAreOperands) {
+          for (Element* h : w.h_operand)
+            for (int64_t b = 0; b < shape.batch; ++b)
+              store_row<P>(h + b * state_stride(),
+                           call.h_0[d] ? call.h_0[d] + b * shape.state_size() : nullptr,
+                           shape.state_size());
+        }
         if (w.c) load_state(w.c, call.c_0[d], shape.batch, shape.hidden_size);
       }
     });
@@ -172,12 +202,12 @@ struct ForwardPass {
 
   void pack_projection(const Direction& w, const DirectionWeights<T>& from, int64_t panel) const {
     const int vectors = projection_columns.vectors(panel);
-    T* to = w.projection + projection_columns.offset(panel, shape.hidden_size);
+    Element* to = w.projection + projection_columns.offset(panel, hidden_depth());
     for (int v = 0; v < vectors; ++v) {
       const int64_t row = projection_columns.first(panel) + v * kLanes<T>;
       const int64_t rest = shape.proj_size - row;
-      pack_transposed(from.w_hr + row * from.ld_hr, from.ld_hr, rest, shape.hidden_size,
-                      to + v * kLanes<T>, vectors * kLanes<T>);
+      pack_transposed<P>(from.w_hr + row * from.ld_hr, from.ld_hr, rest, shape.hidden_size,
+                         to + v * kLanes<T>, vectors * kLanes<T>);
     }
   }
 
@@ -195,9 +225,8 @@ struct ForwardPass {
         const int64_t begin = job % blocks * kMaxRowBlock;
         for_rows(shape, range, begin, block_end(begin, range),
                  [&](int64_t row, int64_t t, int64_t b) {
-                   T* to = directions[d].x + row * x_stride;
-                   copy_row(to, call.x.at(shape, t, b), shape.input_size);
-                   zero_row(to + shape.input_size, x_stride - shape.input_size);
+                   store_row<P>(directions[d].x + row * x_stride, call.x.at(shape, t, b),
+                                shape.input_size);
                  });
       });
     }
@@ -207,14 +236,14 @@ struct ForwardPass {
         const int d = int(job / (panels * blocks));
         const int64_t panel = job / blocks % panels;
         const Direction& w = directions[d];
-        const T* packed = w.w_ih ? w.w_ih + w.input.panel_offset(panel) : nullptr;
+        const Element* packed = w.w_ih ? w.w_ih + w.input.panel_offset(panel) : nullptr;
         input_tile(d, panel, packed, range_at(shape, d == 1, s, end), job % blocks);
       });
       return;
     }
     const int64_t most = blocks_of(team.members(), shape.directions * panels);
     const int64_t shares = most < blocks ? most : blocks;  // of the rows, if panels are few
-    T* packed = member_panels + team.id() * kPanelVectors * kLanes<T> * shape.input_size;
+    Element* packed = member_panels + team.id() * member_panel_size();
     team.for_each(shape.directions * panels * shares, [&](int64_t job) {
       const int d = int(job / (panels * shares));
       const int64_t panel = job / shares % panels, share = job % shares;
@@ -224,12 +253,15 @@ struct ForwardPass {
     });
   }
 
-  void input_tile(int d, int64_t panel, const T* packed, const StepRange& range,
+  void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
                   int64_t block) const {
     const int64_t begin = block * kMaxRowBlock, last = block_end(begin, range);
     if (begin >= last) return;
     const Direction& w = directions[d];
-    const T* x = gather ? w.x : call.x.at(shape, range.first, 0);
+    const Element* x = w.x;
+    if constexpr (kValuesAreOperands) {
+      if (!gather) x = call.x.at(shape, range.first, 0);
+    }
     w.input.multiply(panel, packed, last - begin, x + begin * x_stride, x_stride,
                      w.gx + begin * columns.width() + columns.column(panel), columns.width());
   }
@@ -276,7 +308,8 @@ struct ForwardPass {
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* h_prev = w.h[s & 1] + begin * state;
     w.recurrent.multiply(panel, w.w_hh ? w.w_hh + w.recurrent.panel_offset(panel) : nullptr, rows,
-                         h_prev, state, tile, tile_width);
+                         w.h_operand[s & 1] + begin * state_stride(), state_stride(), tile,
+                         tile_width);
 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = begin + r;
@@ -302,32 +335,39 @@ struct ForwardPass {
           for (int i = 0; i < kSaved; ++i) store(reserve + i * hidden + unit, saved[i]);
         }
         if (shape.proj_size > 0) {
-          store(w.unprojected + b * hidden + unit, out);
+          P::store(w.unprojected + b * hidden_stride(), unit, out, kLanes<T>);
         } else {
           out = round_to<T>(out, call.rounding);
-          store(w.h[~s & 1] + b * state + unit, out);
+          store_h(w, s, b, unit, out);
           store_upto(y + unit, out, shape.hidden_size - unit);
         }
       }
     }
   }
 
+  // h_t of one vector of units, where the next position looks for it.
+  void store_h(const Direction& w, int64_t s, int64_t b, int64_t unit, Vec<T> h) const {
+    store(w.h[~s & 1] + b * padded(shape.state_size()) + unit, h);
+    if constexpr (!kValuesAreOperands)
+      P::store(w.h_operand[~s & 1] + b * state_stride(), unit, h, kLanes<T>);
+  }
+
   void projection_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin,
                        int64_t rows) const {
     const Direction& w = directions[d];
-    const int64_t hidden = padded(shape.hidden_size), state = padded(shape.state_size());
     const int vectors = projection_columns.vectors(panel);
     const int64_t first = projection_columns.first(panel), tile_width = vectors * kLanes<T>;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    multiply_panel<T>(vectors, rows, shape.hidden_size, {w.unprojected + begin * hidden, hidden},
-                      w.projection + projection_columns.offset(panel, shape.hidden_size), nullptr,
-                      0, tile, tile_width);
+    multiply_panel<P>(vectors, rows, hidden_depth(),
+                      {w.unprojected + begin * hidden_stride(), hidden_stride()},
+                      w.projection + projection_columns.offset(panel, hidden_depth()), nullptr, 0,
+                      tile, tile_width);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = begin + r;
       T* y = call.y.at(shape, t, b) + d * shape.state_size() + first;
       for (int v = 0; v < vectors; ++v) {
         const Vec<T> out = round_to<T>(load(tile + r * tile_width + v * kLanes<T>), call.rounding);
-        store(w.h[~s & 1] + b * state + first + v * kLanes<T>, out);
+        store_h(w, s, b, first + v * kLanes<T>, out);
         store_upto(y + v * kLanes<T>, out, shape.proj_size - first - v * kLanes<T>);
       }
     }

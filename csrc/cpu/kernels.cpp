@@ -24,30 +24,30 @@ auto with_cell(CellKind kind, F&& f) {
   return f(LstmCell{});
 }
 
-template <class T>
-size_t forward_workspace(const ForwardCall<T>& call, const Plan& plan) {
+template <class P>
+size_t forward_workspace(const ForwardCall<Value<P>>& call, const Plan& plan) {
   return with_cell(call.shape.cell, [&](auto cell) {
-    return ForwardPass<T, decltype(cell)>(call, plan, nullptr).workspace_bytes;
+    return ForwardPass<P, decltype(cell)>(call, plan, nullptr).workspace_bytes;
   });
 }
 
-template <class T>
-void forward(const ForwardCall<T>& call, const Plan& plan, void* workspace, Member& team) {
+template <class P>
+void forward(const ForwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team) {
   with_cell(call.shape.cell,
-            [&](auto cell) { ForwardPass<T, decltype(cell)>(call, plan, workspace).run(team); });
+            [&](auto cell) { ForwardPass<P, decltype(cell)>(call, plan, workspace).run(team); });
 }
 
-template <class T>
-size_t backward_workspace(const BackwardCall<T>& call, const Plan& plan) {
+template <class P>
+size_t backward_workspace(const BackwardCall<Value<P>>& call, const Plan& plan) {
   return with_cell(call.shape.cell, [&](auto cell) {
-    return BackwardPass<T, decltype(cell)>(call, plan, nullptr).workspace_bytes;
+    return BackwardPass<P, decltype(cell)>(call, plan, nullptr).workspace_bytes;
   });
 }
 
-template <class T>
-void backward(const BackwardCall<T>& call, const Plan& plan, void* workspace, Member& team) {
+template <class P>
+void backward(const BackwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team) {
   with_cell(call.shape.cell,
-            [&](auto cell) { BackwardPass<T, decltype(cell)>(call, plan, workspace).run(team); });
+            [&](auto cell) { BackwardPass<P, decltype(cell)>(call, plan, workspace).run(team); });
 }
 
 template <class T, Vec<T> (*kFunction)(Vec<T>)>
@@ -56,10 +56,11 @@ void elementwise(const T* x, T* y, int64_t n) {
     store_upto(y + i, kFunction(load_upto(x + i, n - i)), n - i);
 }
 
-template <class T>
-constexpr KernelsOf<T> table() {
-  return {forward_workspace<T>,        forward<T>,
-          backward_workspace<T>,       backward<T>,
+template <class P>
+constexpr KernelsOf<Value<P>> table() {
+  using T = Value<P>;
+  return {forward_workspace<P>,        forward<P>,
+          backward_workspace<P>,       backward<P>,
           elementwise<T, &sigmoid<T>>, elementwise<T, &tanh<T>>};
 }
 
@@ -68,7 +69,13 @@ constexpr KernelsOf<T> table() {
 
 }  // namespace
 
-extern const Kernels kKernels = {RNN_EXT_NAME(RNN_EXT_ISA), kVectorBytes, table<float>(),
-                                 table<double>()};
+#if defined(__AVX512BF16__)
+// Everything else such a processor takes from avx512.
+extern const KernelsOf<float> kBFloat16Products = table<BFloat16Products>();
+#else
+extern const Kernels kKernels = {RNN_EXT_NAME(RNN_EXT_ISA), kVectorBytes,
+                                 table<FullPrecision<float>>(), table<FullPrecision<double>>(),
+                                 nullptr};
+#endif
 
 }  // namespace rnn_ext::RNN_EXT_ISA

@@ -23,6 +23,8 @@ struct Kernels {
   int vector_bytes;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
+  // Products of bfloat16 operands; null where the instruction set has none.
+  const KernelsOf<float>* bf16_products;
 
   template <class T>
   const KernelsOf<T>& of() const {
@@ -42,6 +44,9 @@ extern const Kernels kKernels;
 }
 namespace avx512 {
 extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const KernelsOf<float> kBFloat16Products;
 }
 
 }  // namespace rnn_ext

@@ -13,6 +13,8 @@ constexpr double kTeamStartSeconds = 4e-6;
 
 constexpr int64_t kForwardChunkBytes = 1024 * 1024;
 constexpr int64_t kLongRow = 256;  // not tuned: see docs/performance.md
+// Rows for which dot products on unpacked weights cost as much as packing them saves.
+constexpr int64_t kRowsThatPayForPacking = 40;
 constexpr int64_t kBackwardChunkRows = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,15 +30,17 @@ Plan make_plan(const PlanInput& input) {
   const int64_t blocks = ceil_div(batch, kMaxRowBlock);
   plan.row_block = std::min(kMaxRowBlock, ceil_div(ceil_div(batch, blocks), 12) * 12);
 
-  // Packing costs about as much as reading each weight a few times; a dot product pays for a
-  // horizontal sum per output instead, which weighs more the shorter the row is.
+  // Packing costs as much as a handful of rows of the product; what it saves is a part of each row,
+  // the larger the shorter the rows of the weights are (a horizontal sum ends each of them).
   const int64_t products = steps * batch;
-  plan.packed_weights = input.backward || products * 32 > std::max(s.state_size(), s.input_size);
+  plan.packed_weights =
+      input.backward ||
+      products > std::min(kRowsThatPayForPacking, std::max(s.state_size(), s.input_size) / 8);
 
   // At batch 1 a step reads W_hh once, packed or not. Long rows hide the horizontal sums, and then
-  // packing (read, write, read again) only adds traffic.
-  plan.packed_recurrent =
-      plan.packed_weights && (input.backward || batch > 1 || s.state_size() < kLongRow);
+  // packing (read, write, read again) only adds traffic, unless it halves what every step reads.
+  plan.packed_recurrent = plan.packed_weights && (input.backward || batch > 1 ||
+                                                  s.state_size() < kLongRow || input.bf16_products);
 
   const int64_t row_bytes = gates * padded(s.hidden_size) * input.element_bytes;
   if (input.backward)
@@ -50,8 +54,10 @@ Plan make_plan(const PlanInput& input) {
       double(gates) * s.hidden_size * s.state_size() + double(s.proj_size) * s.hidden_size;
   const double inputs = double(gates) * s.hidden_size * s.input_size;
   const double flops = 2.0 * (weights + inputs) * batch * s.directions * (input.backward ? 2 : 1);
-  const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / input.element_bytes;
-  const double bytes = weights * input.element_bytes * s.directions;
+  const bool narrow = input.bf16_products && plan.packed_weights;
+  const int operand_bytes = narrow ? 2 : input.element_bytes;
+  const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / operand_bytes;
+  const double bytes = weights * operand_bytes * s.directions;
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.

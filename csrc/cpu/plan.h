@@ -28,6 +28,7 @@ struct PlanInput {
   int element_bytes = 4;
   int vector_bytes = 16;
   bool backward = false;
+  bool bf16_products = false;
   int max_threads = 1;
 };
 

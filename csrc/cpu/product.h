@@ -7,7 +7,7 @@
 // the cell can be applied to it at once.
 #pragma once
 
-#include "simd.h"
+#include "precision.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 
@@ -24,20 +24,23 @@ inline constexpr int kMaxTileRows = 8;
 // block, not of K.
 inline constexpr int64_t kBlockDepth = 256;
 
-// The left operand.
-template <class T>
+// The left operand, in elements (precision.h).
+template <class Element>
 struct Rows {
-  const T* data;
+  const Element* data;
   int64_t row_stride;
   int64_t k_stride = 1;
 };
 
 // out = A * panel + init, or with `accumulate` out += A * panel.
-template <class T, int kRows, int kVectors>
-RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride, int64_t k_stride,
-                                  const T* b, const T* init, int64_t init_stride, T* out,
-                                  int64_t out_stride, bool accumulate) {
+template <class P, int kRows, int kVectors>
+RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t row_stride,
+                                  int64_t k_stride, const Element<P>* b, const Value<P>* init,
+                                  int64_t init_stride, Value<P>* out, int64_t out_stride,
+                                  bool accumulate) {
+  using T = Value<P>;
   using V = Vec<T>;
+  using Operand = Vec<Element<P>>;
   // With few rows there are too few independent sums to hide the latency of the multiply-adds:
   // take two or four consecutive k at a time, each with its own sums.
   constexpr int kUnroll = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
@@ -56,14 +59,15 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride,
   for (; k + kUnroll <= depth; k += kUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      V column[kVectors];
+      Operand column[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) column[v] = load(b + u * kWidth + v * kLanes<T>);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const V left = splat<T>(a[r * row_stride + u * k_stride]);
+        const Operand left = P::broadcast(a[r * row_stride + u * k_stride]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[u][r][v] += left * column[v];
+        for (int v = 0; v < kVectors; ++v)
+          sum[u][r][v] = P::multiply_add(left, column[v], sum[u][r][v]);
       }
     }
     a += kUnroll * k_stride;
@@ -72,9 +76,10 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride,
   for (; k < depth; ++k) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V left = splat<T>(a[r * row_stride]);
+      const Operand left = P::broadcast(a[r * row_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[0][r][v] += left * load(b + v * kLanes<T>);
+      for (int v = 0; v < kVectors; ++v)
+        sum[0][r][v] = P::multiply_add(left, load(b + v * kLanes<T>), sum[0][r][v]);
     }
     a += k_stride;
     b += kWidth;
@@ -92,38 +97,40 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const T* a, int64_t row_stride,
   }
 }
 
-template <class T, int kVectors, int kRows>
-inline void multiply_rest(int64_t rows, int64_t depth, const T* a, int64_t row_stride,
-                          int64_t k_stride, const T* b, const T* init, int64_t init_stride, T* out,
-                          int64_t out_stride, bool accumulate) {
+template <class P, int kVectors, int kRows>
+inline void multiply_rest(int64_t rows, int64_t depth, const Element<P>* a, int64_t row_stride,
+                          int64_t k_stride, const Element<P>* b, const Value<P>* init,
+                          int64_t init_stride, Value<P>* out, int64_t out_stride, bool accumulate) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
-      multiply_tile<T, kRows, kVectors>(depth, a, row_stride, k_stride, b, init, init_stride, out,
+      multiply_tile<P, kRows, kVectors>(depth, a, row_stride, k_stride, b, init, init_stride, out,
                                         out_stride, accumulate);
     else
-      multiply_rest<T, kVectors, kRows - 1>(rows, depth, a, row_stride, k_stride, b, init,
+      multiply_rest<P, kVectors, kRows - 1>(rows, depth, a, row_stride, k_stride, b, init,
                                             init_stride, out, out_stride, accumulate);
   }
 }
 
-template <class T, int kVectors>
-inline void multiply_vectors(int64_t rows, int64_t depth, Rows<T> a, const T* panel, const T* init,
-                             int64_t init_stride, T* out, int64_t out_stride) {
+template <class P, int kVectors>
+inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
+                             const Element<P>* panel, const Value<P>* init, int64_t init_stride,
+                             Value<P>* out, int64_t out_stride) {
+  using T = Value<P>;
   constexpr int kRows = tile_rows(kVectors);
   constexpr int64_t kWidth = kVectors * kLanes<T>;
   int64_t k = 0;
   do {  // once even for depth 0: out = init
     const int64_t length = depth - k < kBlockDepth ? depth - k : kBlockDepth;
     const bool accumulate = k > 0;
-    const T* block = panel + k * kWidth;
-    const T* left = a.data + k * a.k_stride;
+    const Element<P>* block = panel + k * kWidth;
+    const Element<P>* left = a.data + k * a.k_stride;
     int64_t row = 0;
     for (; row + kRows <= rows; row += kRows)
-      multiply_tile<T, kRows, kVectors>(length, left + row * a.row_stride, a.row_stride, a.k_stride,
+      multiply_tile<P, kRows, kVectors>(length, left + row * a.row_stride, a.row_stride, a.k_stride,
                                         block, init ? init + row * init_stride : nullptr,
                                         init_stride, out + row * out_stride, out_stride,
                                         accumulate);
-    multiply_rest<T, kVectors, kRows - 1>(rows - row, length, left + row * a.row_stride,
+    multiply_rest<P, kVectors, kRows - 1>(rows - row, length, left + row * a.row_stride,
                                           a.row_stride, a.k_stride, block,
                                           init ? init + row * init_stride : nullptr, init_stride,
                                           out + row * out_stride, out_stride, accumulate);
@@ -132,20 +139,21 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<T> a, const T* pa
   } while (k < depth);
 }
 
-// out (rows, vectors*lanes) = init + A (rows, depth) * panel (depth, vectors*lanes).
-// init null means zeros; init_stride 0 repeats one row (a bias).
-template <class T>
-void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<T> a, const T* panel,
-                    const T* init, int64_t init_stride, T* out, int64_t out_stride) {
+// out (rows, vectors*lanes) = init + A (rows, depth) * panel (depth, vectors*lanes), depth counted
+// in elements. init null means zeros; init_stride 0 repeats one row (a bias).
+template <class P>
+void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<Element<P>> a,
+                    const Element<P>* panel, const Value<P>* init, int64_t init_stride,
+                    Value<P>* out, int64_t out_stride) {
   switch (vectors) {
     case 1:
-      return multiply_vectors<T, 1>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 1>(rows, depth, a, panel, init, init_stride, out, out_stride);
     case 2:
-      return multiply_vectors<T, 2>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 2>(rows, depth, a, panel, init, init_stride, out, out_stride);
     case 3:
-      return multiply_vectors<T, 3>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 3>(rows, depth, a, panel, init, init_stride, out, out_stride);
     case 4:
-      return multiply_vectors<T, 4>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 4>(rows, depth, a, panel, init, init_stride, out, out_stride);
   }
 }
 
@@ -215,36 +223,42 @@ void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a,
 
 // Packs rows `first .. first + columns` of a row-major matrix (ld, depth columns) as one vector
 // of a panel: panel[k][lane] = weights[lane][k]. `width` is the panel's row length.
-template <class T>
-void pack_transposed(const T* weights, int64_t ld, int64_t columns, int64_t depth, T* panel,
-                     int64_t width) {
-  constexpr int64_t kSide = kLanes<T>;
-  for (int64_t k = 0; k < depth; k += kSide) {
-    const int64_t length = depth - k < kSide ? depth - k : kSide;
-    Vec<T> square[kSide];
+template <class P>
+void pack_transposed(const Value<P>* weights, int64_t ld, int64_t columns, int64_t depth,
+                     Element<P>* panel, int64_t width) {
+  using T = Value<P>;
+  constexpr int64_t kSide = kLanes<T>, kValues = kSide * P::kPerElement;
+  for (int64_t k = 0; k < depth; k += kValues, panel += kSide * width) {
+    const int64_t rest = depth - k, length = rest < kValues ? elements<P>(rest) : kSide;
+    Vec<Element<P>> square[kSide];
     if (length == kSide && columns >= kSide) {
 #pragma GCC unroll 16
-      for (int64_t j = 0; j < kSide; ++j) square[j] = load(weights + j * ld + k);
+      for (int64_t j = 0; j < kSide; ++j) square[j] = P::gather(weights + j * ld + k, rest);
     } else {
       for (int64_t j = 0; j < kSide; ++j)
-        square[j] = j < columns ? load_upto(weights + j * ld + k, length) : Vec<T>{};
+        square[j] = j < columns ? P::gather(weights + j * ld + k, rest) : Vec<Element<P>>{};
     }
-    transpose<T>(square);
+    transpose<Element<P>>(square);
     if (length == kSide) {
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; ++i) store(panel + (k + i) * width, square[i]);
+      for (int64_t i = 0; i < kSide; ++i) store(panel + i * width, square[i]);
     } else {
-      for (int64_t i = 0; i < length; ++i) store(panel + (k + i) * width, square[i]);
+      for (int64_t i = 0; i < length; ++i) store(panel + i * width, square[i]);
     }
   }
 }
 
-// Packs one row (k) of a panel from up to `vectors` vectors of contiguous values.
-template <class T>
-RNN_EXT_INLINE void pack_row(const T* values, int64_t columns, int vectors, T* panel_row) {
+// Packs value k of up to `vectors` vectors of columns from a row of contiguous values, for
+// k = 0, 1, 2, ...
+template <class P>
+RNN_EXT_INLINE void pack_row(const Value<P>* values, int64_t columns, int vectors, int64_t k,
+                             Element<P>* panel) {
+  using T = Value<P>;
+  Element<P>* to = panel + k / P::kPerElement * vectors * kLanes<T>;
   for (int v = 0; v < vectors; ++v) {
     const int64_t rest = columns - v * kLanes<T>;
-    store(panel_row + v * kLanes<T>, rest > 0 ? load_upto(values + v * kLanes<T>, rest) : Vec<T>{});
+    P::append(to + v * kLanes<T>, k,
+              values && rest > 0 ? load_upto(values + v * kLanes<T>, rest) : Vec<T>{});
   }
 }
 

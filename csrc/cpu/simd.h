@@ -40,6 +40,11 @@ struct VectorOf<double> {
   typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
 };
+template <>
+struct VectorOf<int32_t> {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
 template <class T>
 using Vec = typename VectorOf<T>::type;
 template <class T>

@@ -31,6 +31,9 @@ std::vector<std::string> built_isas() {
 #if defined(RNN_EXT_HAVE_AVX512)
   names.emplace_back("avx512");
 #endif
+#if defined(RNN_EXT_HAVE_AVX512_BF16)
+  names.emplace_back("avx512_bf16");
+#endif
   return names;
 }
 
@@ -77,8 +80,8 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   if (steps < 1 || batch < 1 || input_size < 1 || hidden_size < 1 || proj_size < 0 ||
       directions < 1 || directions > kMaxDirections)
     throw py::value_error("sizes must be positive, directions 1 or 2");
-  if (dtype != "float32" && dtype != "float64")
-    throw py::value_error("dtype must be float32 or float64, got '" + dtype + "'");
+  if (dtype != "float32" && dtype != "float64" && dtype != "bfloat16")
+    throw py::value_error("dtype must be float32, float64 or bfloat16, got '" + dtype + "'");
   SequenceShape shape;
   shape.cell = cell_kind(cell);
   shape.steps = steps;
@@ -88,8 +91,9 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   shape.proj_size = proj_size;
   shape.directions = directions;
   if (threads < 1) threads = at::get_num_threads();
-  const Plan p = dtype == "float64" ? plan_call<double>(shape, backward, threads)
-                                    : plan_call<float>(shape, backward, threads);
+  const Plan p = dtype == "float64"
+                     ? plan_call<double>(shape, backward, threads)
+                     : plan_call<float>(shape, backward, threads, dtype == "bfloat16");
   py::dict info;
   info["isa"] = current_kernels().name;
   info["vector_width"] = current_kernels().vector_bytes / (dtype == "float64" ? 8 : 4);

@@ -25,6 +25,18 @@ void run_on_torch_threads(int members, void (*body)(int, void*), void* context) 
 
 int max_threads() { return at::in_parallel_region() ? 1 : governor().grant(at::get_num_threads()); }
 
+// Does this call round what its products read to bfloat16? Models of that type do; for float32 it
+// is the user's choice, torch.backends.mkldnn.rnn.fp32_precision or, where that is not set, what
+// torch.set_float32_matmul_precision chose for products ("medium").
+bool bf16_products(at::ScalarType dtype) {
+  if (dtype != at::kFloat) return dtype == at::kBFloat16;
+  const at::Context& context = at::globalContext();
+  auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN);
+  if (precision == at::Float32Precision::NONE || precision == at::Float32Precision::DEFAULT)
+    precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::BF16;
+}
+
 template <class Call>
 void run_call(const Call& call, const Plan& plan) {
   const c10::DataPtr workspace = c10::GetCPUAllocator()->allocate(workspace_bytes(call, plan));
@@ -118,6 +130,7 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
       ForwardCall<T> call;
       call.shape = p.layer_shape(layer);
       call.rounding = rounding_of(dtype);
+      call.bf16_products = bf16_products(dtype);
       call.linear_activations = linear_activations();
       call.x = layer == 0 ? step_rows<const T>(p, in.input.const_data_ptr<T>(), in.input.strides())
                           : dense_rows<const T>(p, layer_input);
@@ -135,7 +148,7 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
         if (save_reserve && num_saved(o.cell) > 0)
           call.reserve[d] = reserve.mutable_data_ptr<T>() + p.saved_offset(layer, d);
       }
-      run_call(call, plan_call<T>(call.shape, false, max_threads()));
+      run_call(call, plan_call<T>(call.shape, false, max_threads(), call.bf16_products));
       layer_input = y;
       if (!last && o.drops()) {
         // Drawn like torch.nn draws it, so that the same seed drops the same values.
@@ -225,6 +238,7 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
 
     BackwardCall<T> call;
     call.shape = p.layer_shape(layer);
+    call.bf16_products = bf16_products(dtype);
     call.linear_activations = linear_activations();
     const T* saved = reserve.const_data_ptr<T>();
     at::Tensor dropped;
@@ -269,7 +283,7 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
                            dh_0 ? dh_0 + slot * B * R : nullptr,
                            dc_0 ? dc_0 + slot * B * H : nullptr};
     }
-    run_call(call, plan_call<T>(call.shape, true, max_threads()));
+    run_call(call, plan_call<T>(call.shape, true, max_threads(), call.bf16_products));
     if (layer > 0 && below) {
       if (o.drops())
         to_below.mul_(reserve.narrow(0, p.mask_offset(layer - 1), p.layer_output_size()));

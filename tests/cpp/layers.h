@@ -96,6 +96,7 @@ struct Setting {
   Runner runner = nullptr;
   bool training = true;  // keep the reserve
   Rounding rounding = Rounding::kNone;
+  bool bf16_products = false;
 };
 
 template <class T>
@@ -178,7 +179,7 @@ struct View {
 // Runs a call in a workspace of exactly the bytes it asks for, full of NaN.
 template <class T, class Call>
 void run_call(const Call& call, bool backward, const Setting& setting) {
-  Plan plan = plan_call<T>(call.shape, backward, 1);
+  Plan plan = plan_call<T>(call.shape, backward, 1, setting.bf16_products);
   plan.threads = setting.threads;
   if (setting.chunk_steps) plan.chunk_steps = setting.chunk_steps;
   if (setting.row_block) plan.row_block = setting.row_block;
@@ -231,6 +232,7 @@ Forward<T> run_forward(const Layer& layer, const Setting& setting = {}) {
   ForwardCall<T> call;
   call.shape = s;
   call.rounding = setting.rounding;
+  call.bf16_products = setting.bf16_products;
   call.linear_activations = layer.linear;
   set_weights(layer, setting, inputs, call.weights);
   View<T> x(s, setting, s.input_size, layer.x), y(s, setting, s.directions * R);
@@ -268,6 +270,7 @@ Gradients run_backward(const Layer& layer, const Forward<T>& forward, const Sett
   Inputs<T> inputs;
   BackwardCall<T> call;
   call.shape = s;
+  call.bf16_products = setting.bf16_products;
   call.linear_activations = layer.linear;
   set_weights(layer, setting, inputs, call.weights);
   View<T> x(s, setting, s.input_size, layer.x), dx(s, setting, s.input_size);

@@ -10,7 +10,7 @@ namespace rnn_ext {
 // A case that came out wrong, by the line that checks it and up to four of its sizes.
 void product_failed(int line, int64_t a, int64_t b = -1, int64_t c = -1, int64_t d = -1);
 
-// Each runs all cases for float and double and returns how many there were.
+// Each runs all cases of its types and returns how many there were.
 namespace unit_scalar {
 int64_t check_products();
 }
@@ -19,6 +19,9 @@ int64_t check_products();
 }
 namespace unit_avx512 {
 int64_t check_products();
+}
+namespace unit_avx512_bf16 {
+int64_t check_products();  // of bfloat16 operands
 }
 
 }  // namespace rnn_ext

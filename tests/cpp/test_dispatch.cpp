@@ -21,6 +21,7 @@ TEST(available) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) expected.push_back("avx2");
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
     expected.push_back("avx512");
+  if (__builtin_cpu_supports("avx512bf16")) expected.push_back("avx512_bf16");
 #endif
   CHECK(isas == expected);
 }
@@ -31,7 +32,7 @@ TEST(select) {
     check::Scope scope(isa);
     CHECK(select_isa(isa));
     CHECK_EQ(current_kernels().name, isa);
-    CHECK(current_kernels().vector_bytes > narrower);
+    CHECK(current_kernels().vector_bytes > narrower || current_kernels().bf16_products);
     narrower = current_kernels().vector_bytes;
     CHECK_EQ(select_isa(isa), true);  // again
   }
@@ -45,7 +46,7 @@ TEST(refuse) {
     CHECK_EQ(current_kernels().name, selected);
   }
   const std::vector<std::string> isas = available_isas();
-  for (const char* name : {"scalar", "avx2", "avx512", "amx", "neon"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"}) {
     check::Scope scope(name);
     CHECK_EQ(select_isa(name), std::count(isas.begin(), isas.end(), name) == 1);
   }

@@ -227,6 +227,57 @@ TEST(rnn_relu) { compare_all(CellKind::kRnnRelu); }
 TEST(lstm) { compare_all(CellKind::kLstm); }
 TEST(gru) { compare_all(CellKind::kGru); }
 
+// Products of bfloat16 operands: near the full product, not equal to it, and the same for any team.
+TEST(bfloat16_products) {
+  const auto near = [](const auto& narrow, const auto& full) {
+    bool same = true;
+    for_arrays(narrow, full, [&](const char* name, const Array& a, const Array& b) {
+      check::Scope scope(name);
+      double error = 0, size = 0;
+      CHECK_EQ(a.size(), b.size());
+      for (size_t i = 0; i < a.size(); ++i) {
+        error += (a[i] - b[i]) * (a[i] - b[i]);
+        size += b[i] * b[i];
+      }
+      CHECK(error <= 1e-4 * size);  // 2^-8 is the precision of a bfloat16
+      same = same && error == 0;
+    });
+    return !same;
+  };
+  int runs = 0;
+  for_each_isa([&] {
+    if (!current_kernels().bf16_products) return;
+    for (CellKind cell :
+         {CellKind::kRnnTanh, CellKind::kRnnRelu, CellKind::kLstm, CellKind::kGru}) {
+      const int64_t P = cell == CellKind::kLstm ? 11 : 0;
+      for (const Sizes& sizes :
+           {Sizes{.T = 6, .B = 9, .I = 7, .H = 33, .D = 2}, Sizes{.T = 50, .B = 1, .I = 1, .H = 5},
+            Sizes{.T = 3, .B = 50, .I = 64, .H = 48},
+            Sizes{.I = 5, .H = 21, .P = P, .D = 2, .batch_sizes = {25, 13, 6, 1}}}) {
+        const RandomLayer layer(cell, sizes);
+        for (int64_t chunk_steps : {0, 2}) {
+          Setting setting{.gap = 3, .chunk_steps = chunk_steps};
+          const Forward<float> full = run_forward<float>(layer, setting);
+          const Gradients gradients = run_backward(layer, full, setting);
+          setting.bf16_products = true;
+          const Forward<float> narrow = run_forward<float>(layer, setting);
+          CHECK(near(narrow.outputs, full.outputs));
+          const Gradients narrow_gradients = run_backward(layer, full, setting);
+          CHECK(near(narrow_gradients, gradients));
+          setting.threads = 3;
+          setting.runner = [](int members, void (*body)(int, void*), void* context) {
+            for (int i = members - 1; i >= 0; --i) body(i, context);
+          };
+          check_same(run_forward<float>(layer, setting).outputs, narrow.outputs);
+          check_same(run_backward(layer, full, setting), narrow_gradients);
+          ++runs;
+        }
+      }
+    }
+  });
+  std::printf("  %d runs\n", runs);
+}
+
 // A gradient does not depend on which others are asked for.
 TEST(selected_gradients) {
   for_each_cell([](CellKind cell) {
