@@ -129,13 +129,18 @@ struct BackwardPass {
     prepare(team);
     for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
       const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
-      for (int64_t i = s; i < end; ++i) step(team, i);
+      if (plan.split_directions)
+        team.for_each_alone(shape.directions, [&](Member& alone, int64_t d) {
+          for (int64_t i = s; i < end; ++i) step(alone, {int(d), 1}, i);
+        });
+      else
+        for (int64_t i = s; i < end; ++i) step(team, {0, shape.directions}, i);
       pack_chunk(team, s, end);
       weight_gradients(team, s, end);
       if (call.dx.data)
         for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
     }
-    step(team, shape.steps);  // the last product: dL/dh_0
+    step(team, {0, shape.directions}, shape.steps);  // the last product: dL/dh_0
     team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
 
@@ -213,17 +218,18 @@ struct BackwardPass {
     return call.h_0[d] ? call.h_0[d] + b * R : nullptr;
   }
 
-  void step(Member& team, int64_t s) const {
+  void step(Member& team, Directions which, int64_t s) const {
     const int64_t panels = state_columns.panels();
     const int64_t blocks = blocks_of(shape.batch, plan.row_block);
-    team.for_each(shape.directions * panels * blocks, [&](int64_t i) {
-      state_tile(int(i / (panels * blocks)), i / blocks % panels, s, i % blocks * plan.row_block);
+    team.for_each(which.count * panels * blocks, [&](int64_t i) {
+      const int d = which.first + int(i / (panels * blocks));
+      state_tile(d, i / blocks % panels, s, i % blocks * plan.row_block);
     });
     if (!project || s == shape.steps) return;
     const int64_t hiddens = hidden_columns.panels();
-    team.for_each(shape.directions * hiddens * blocks, [&](int64_t i) {
-      projected_tile(int(i / (hiddens * blocks)), i / blocks % hiddens, s,
-                     i % blocks * plan.row_block);
+    team.for_each(which.count * hiddens * blocks, [&](int64_t i) {
+      const int d = which.first + int(i / (hiddens * blocks));
+      projected_tile(d, i / blocks % hiddens, s, i % blocks * plan.row_block);
     });
   }
 

@@ -95,6 +95,11 @@ void for_rows(const SequenceShape& shape, const StepRange& range, int64_t begin,
   }
 }
 
+// The directions that a job or phase works on: first .. first + count - 1.
+struct Directions {
+  int first, count;
+};
+
 inline int64_t blocks_of(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
 
 template <class T>

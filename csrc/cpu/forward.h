@@ -157,7 +157,12 @@ struct ForwardPass {
     for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
       const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
       project_input(team, s, end);
-      for (int64_t i = s; i < end; ++i) step(team, i, s, end);
+      if (plan.split_directions)
+        team.for_each_alone(shape.directions, [&](Member& alone, int64_t d) {
+          for (int64_t i = s; i < end; ++i) step(alone, {int(d), 1}, i, s, end);
+        });
+      else
+        for (int64_t i = s; i < end; ++i) step(team, {0, shape.directions}, i, s, end);
     }
     team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
@@ -272,10 +277,10 @@ struct ForwardPass {
 
   // Calls job(direction, panel, t, first batch row, rows) for all tiles of position s.
   template <class Job>
-  void for_tiles(Member& team, int64_t s, int64_t panels, Job&& job) const {
+  void for_tiles(Member& team, Directions which, int64_t s, int64_t panels, Job&& job) const {
     const int64_t blocks = blocks_of(shape.batch, plan.row_block);
-    team.for_each(shape.directions * panels * blocks, [&](int64_t i) {
-      const int d = int(i / (panels * blocks));
+    team.for_each(which.count * panels * blocks, [&](int64_t i) {
+      const int d = which.first + int(i / (panels * blocks));
       const int64_t t = step_at(shape, d == 1, s);
       const int64_t begin = i % blocks * plan.row_block;
       int64_t rows = shape.active(t) - begin;
@@ -284,14 +289,15 @@ struct ForwardPass {
     });
   }
 
-  void step(Member& team, int64_t s, int64_t chunk_begin, int64_t chunk_end) const {
-    for_tiles(team, s, columns.panels(),
+  void step(Member& team, Directions which, int64_t s, int64_t chunk_begin,
+            int64_t chunk_end) const {
+    for_tiles(team, which, s, columns.panels(),
               [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
                 const StepRange range = range_at(shape, d == 1, chunk_begin, chunk_end);
                 gate_tile(d, panel, s, t, begin, rows, shape.first_row(t) - range.base);
               });
     if (shape.proj_size > 0)
-      for_tiles(team, s, projection_columns.panels(),
+      for_tiles(team, which, s, projection_columns.panels(),
                 [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
                   projection_tile(d, panel, s, t, begin, rows);
                 });

@@ -10,6 +10,7 @@ constexpr double kFlopsPerVectorByte = 1.1e9;  // f32 multiply-add rate / vector
 constexpr double kL2BytesPerSecond = 60e9;
 constexpr double kBarrierSeconds = 0.5e-6;
 constexpr double kTeamStartSeconds = 4e-6;
+constexpr double kOwnCacheBytes = 1 << 20;  // of one core
 
 constexpr int64_t kForwardChunkBytes = 1024 * 1024;
 constexpr int64_t kLongRow = 256;  // not tuned: see docs/performance.md
@@ -75,6 +76,12 @@ Plan make_plan(const PlanInput& input) {
       plan.threads = threads;
       plan.reason = "hidden units and batch rows of a step shared by the team";
     }
+  }
+  if (s.directions == 2 && input.max_threads >= 2 && bytes / 2 <= kOwnCacheBytes &&
+      kTeamStartSeconds + alone / 2 < std::min(best, 0.85 * alone)) {
+    plan.threads = 2;
+    plan.split_directions = true;
+    plan.reason = "one direction each";
   }
   if (input.max_threads <= 1) plan.reason = "one thread: no more on offer";
   return plan;

@@ -19,6 +19,8 @@ struct Plan {
   bool packed_recurrent = true;
   int64_t chunk_steps = 1;  // steps whose input projection (weight gradient) is done at once
   int64_t row_block = 1;    // batch rows of one job
+  // Does one member take a direction through all steps of a chunk? Then nobody waits at every step.
+  bool split_directions = false;
   double step_seconds = 0;  // predicted, of one thread
   const char* reason = "";
 };

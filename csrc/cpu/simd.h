@@ -7,6 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #define RNN_EXT_INLINE inline __attribute__((always_inline))
 
 namespace rnn_ext::RNN_EXT_ISA {
@@ -87,6 +91,26 @@ template <class T>
 RNN_EXT_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // not {} + x, which would turn -0.0 into 0.0
 }
+
+// a > b ? a : b, and so b where either is NaN. Written out, x86 compilers make two to four
+// instructions of the one there is for it.
+#if defined(__AVX512F__)  // masked: GCC 12 warns of its own header in the plain form
+RNN_EXT_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
+  return _mm512_mask_max_ps(b, __mmask16(-1), a, b);
+}
+RNN_EXT_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) {
+  return _mm512_mask_max_pd(b, __mmask8(-1), a, b);
+}
+#elif defined(__AVX2__)
+RNN_EXT_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+RNN_EXT_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
+#elif defined(__SSE2__)
+RNN_EXT_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm_max_ps(a, b); }
+RNN_EXT_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm_max_pd(a, b); }
+#else
+RNN_EXT_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+RNN_EXT_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+#endif
 
 // Both halves of a step of a lane transposition: in every group of kGroup lanes, the low (high)
 // half of a's group followed by the low (high) half of b's.

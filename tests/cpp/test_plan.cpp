@@ -115,6 +115,25 @@ TEST(large_steps_use_all_threads) {
   }
 }
 
+// Two directions of short steps: one each. Not where a core's cache is too small for one's weights,
+// and not without a second thread.
+TEST(split_directions) {
+  PlanInput in = input(100, 1, 64, 64, 2);
+  in.shape.directions = 2;
+  CHECK(make_plan(in).split_directions);
+  CHECK_EQ(make_plan(in).threads, 2);
+  in.backward = true;
+  CHECK(make_plan(in).split_directions);
+  in.max_threads = 1;
+  CHECK(!make_plan(in).split_directions);
+  in.max_threads = 2;
+  in.shape.hidden_size = 1024;
+  CHECK(!make_plan(in).split_directions);
+  in.shape.directions = 1;
+  in.shape.hidden_size = 64;
+  CHECK(!make_plan(in).split_directions);
+}
+
 TEST(more_work_never_fewer_threads) {
   int before = 1;
   for (int64_t hidden_size = 8; hidden_size <= 2048; hidden_size *= 2) {

@@ -239,10 +239,14 @@ void check_same_bits(CellKind cell, const Sizes& sizes, Setting setting) {
   check_run();  // a second time with one thread
   for (const NamedRunner& runner : kRunners) {
     for (int threads : {2, 3, 8}) {
-      check::Scope scope(runner.name, ", threads ", threads);
-      setting.threads = threads;
-      setting.runner = runner.run;
-      check_run();
+      for (bool split : {false, true}) {
+        if (split && sizes.D == 1) continue;
+        check::Scope scope(runner.name, split ? ", a direction each, " : ", ", "threads ", threads);
+        setting.threads = threads;
+        setting.runner = runner.run;
+        setting.split_directions = split;
+        check_run();
+      }
     }
   }
 }
