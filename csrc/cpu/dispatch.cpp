@@ -1,3 +1,7 @@
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <time.h>
 
 #include <algorithm>
@@ -8,6 +12,19 @@
 
 namespace rnn_ext {
 namespace {
+
+#if defined(RNN_EXT_HAVE_AMX)
+bool amx_is_usable() {
+#if defined(__linux__)
+  // A process has to ask for the tile registers: they enlarge what the system saves of a thread.
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> runnable_kernels() {
   std::vector<const Kernels*> kernels = {&scalar::kKernels};
@@ -31,13 +48,27 @@ std::vector<const Kernels*> runnable_kernels() {
       return copy;
     }();
     kernels.push_back(&with_bf16);
+#if defined(RNN_EXT_HAVE_AMX)
+    static const Kernels with_amx = [] {
+      Kernels copy = avx512::kKernels;
+      copy.name = "amx";
+      copy.bf16_products = &amx::kBFloat16Products;
+      return copy;
+    }();
+    if (amx_is_usable()) kernels.push_back(&with_amx);
+#endif
   }
 #endif
   return kernels;
 }
 
 std::atomic<const Kernels*>& selected() {
-  static std::atomic<const Kernels*> kernels{runnable_kernels().back()};
+  // The fastest, but for amx: that has to be asked for until it has been measured.
+  static std::atomic<const Kernels*> kernels{[] {
+    std::vector<const Kernels*> all = runnable_kernels();
+    if (std::string(all.back()->name) == "amx") all.pop_back();
+    return all.back();
+  }()};
   return kernels;
 }
 

@@ -48,5 +48,8 @@ extern const Kernels kKernels;
 namespace avx512_bf16 {
 extern const KernelsOf<float> kBFloat16Products;
 }
+namespace amx {
+extern const KernelsOf<float> kBFloat16Products;
+}
 
 }  // namespace rnn_ext

@@ -18,6 +18,7 @@ struct FullPrecision {
   using Value = T;
   using Element = T;
   static constexpr int kPerElement = 1;
+  static constexpr bool kHasTiles = false;
 
   static RNN_EXT_INLINE Vec<T> broadcast(Element x) { return splat<T>(x); }
   static RNN_EXT_INLINE Vec<T> multiply_add(Vec<T> left, Vec<T> right, Vec<T> sum) {
@@ -42,6 +43,11 @@ struct BFloat16Products {
   using Value = float;
   using Element = int32_t;  // value 2i in the lower half of element i
   static constexpr int kPerElement = 2;
+#if defined(__AMX_BF16__) || defined(RNN_EXT_EMULATE_TILES)
+  static constexpr bool kHasTiles = true;
+#else
+  static constexpr bool kHasTiles = false;
+#endif
 
   static RNN_EXT_INLINE Vec<int32_t> broadcast(Element x) { return x - Vec<int32_t>{}; }
   static RNN_EXT_INLINE Vec<float> multiply_add(Vec<int32_t> left, Vec<int32_t> right,

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "precision.h"
+#include "tiles.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 
@@ -111,6 +112,40 @@ inline void multiply_rest(int64_t rows, int64_t depth, const Element<P>* a, int6
   }
 }
 
+#if defined(__AMX_BF16__) || defined(RNN_EXT_EMULATE_TILES)
+// A block of 16 rows, depth a multiple of 16 elements: sums in tiles 0-3, A in 4, B in 5-7.
+template <class P, int kVectors>
+RNN_EXT_INLINE void multiply_in_tiles(Tiles& tiles, int64_t depth, const Element<P>* a,
+                                      int64_t row_stride, const Element<P>* b, const float* init,
+                                      int64_t init_stride, float* out, int64_t out_stride,
+                                      bool accumulate) {
+  constexpr int64_t kWidth = kVectors * kTileElements;
+  const auto for_vectors = [&](auto&& visit) {
+    visit(std::integral_constant<int, 0>());
+    if constexpr (kVectors > 1) visit(std::integral_constant<int, 1>());
+    if constexpr (kVectors > 2) visit(std::integral_constant<int, 2>());
+    if constexpr (kVectors > 3) visit(std::integral_constant<int, 3>());
+  };
+  for_vectors([&](auto v) {
+    if (accumulate)
+      tiles.template load<v>(out + v * kTileElements, out_stride * 4);
+    else if (init)
+      tiles.template load<v>(init + v * kTileElements, init_stride * 4);
+    else
+      tiles.template zero<v>();
+  });
+  for (int64_t k = 0; k < depth; k += kTileElements) {
+    tiles.template load<4>(a + k, row_stride * 4);
+    for_vectors([&](auto v) {
+      constexpr int kRight = 5 + v % 3;
+      tiles.template load<kRight>(b + k * kWidth + v * kTileElements, kWidth * 4);
+      tiles.template multiply_add<v, 4, kRight>();
+    });
+  }
+  for_vectors([&](auto v) { tiles.template store<v>(out + v * kTileElements, out_stride * 4); });
+}
+#endif
+
 template <class P, int kVectors>
 inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
                              const Element<P>* panel, const Value<P>* init, int64_t init_stride,
@@ -125,6 +160,23 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
     const Element<P>* block = panel + k * kWidth;
     const Element<P>* left = a.data + k * a.k_stride;
     int64_t row = 0;
+#if defined(__AMX_BF16__) || defined(RNN_EXT_EMULATE_TILES)
+    const int64_t in_tiles = length / kTileElements * kTileElements;
+    if (P::kHasTiles && a.k_stride == 1 && rows >= kTileRows && in_tiles > 0) {
+      Tiles tiles;
+      for (; row + kTileRows <= rows; row += kTileRows)
+        multiply_in_tiles<P, kVectors>(tiles, in_tiles, left + row * a.row_stride, a.row_stride,
+                                       block, init ? init + row * init_stride : nullptr,
+                                       init_stride, out + row * out_stride, out_stride, accumulate);
+      for (int64_t done = 0; in_tiles < length && done < row;) {  // what is left of K
+        const int64_t count = row - done < kRows ? row - done : kRows;
+        multiply_rest<P, kVectors, kRows>(
+            count, length - in_tiles, left + done * a.row_stride + in_tiles, a.row_stride, 1,
+            block + in_tiles * kWidth, nullptr, 0, out + done * out_stride, out_stride, true);
+        done += count;
+      }
+    }
+#endif
     for (; row + kRows <= rows; row += kRows)
       multiply_tile<P, kRows, kVectors>(length, left + row * a.row_stride, a.row_stride, a.k_stride,
                                         block, init ? init + row * init_stride : nullptr,
@@ -157,29 +209,35 @@ void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<Element<P>> a
   }
 }
 
-// Batch rows of a tile of dot products: as many as leave registers for the operands.
+// A tile of dot products has as many batch rows as leave registers for the operands. A single row
+// takes more weight rows at a time: enough independent sums.
 inline constexpr int kDotRows = kVectorRegisters >= 32 ? 4 : 2;
-inline constexpr int kDotColumns = 4;
+template <class T>
+constexpr int dot_columns(int rows) {
+  const int columns = rows == 1 ? 8 : 4;
+  return columns < kLanes<T> ? columns : kLanes<T>;
+}
 
 template <class T, int kRows>
 inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t row_stride,
                           const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
   using V = Vec<T>;
+  constexpr int kColumns = dot_columns<T>(kRows);
   const int64_t whole = depth / kLanes<T> * kLanes<T>;
-  V sum[kRows][kLanes<T>] = {};
-  for (int64_t j = 0; j < columns; j += kDotColumns) {
-    // A group cut short by the edge repeats its last row: same code, results ignored.
-    const T* w[kDotColumns];
-#pragma GCC unroll 4
-    for (int i = 0; i < kDotColumns; ++i)
+  V sum[kRows][kLanes<T>];
+  for (int64_t j = 0; j < kLanes<T>; j += kColumns) {
+    // Beyond the edge the last row is repeated: same code, results ignored.
+    const T* w[kColumns];
+#pragma GCC unroll 8
+    for (int i = 0; i < kColumns; ++i)
       w[i] = weights + (j + i < columns ? j + i : columns - 1) * ld;
-    V group[kRows][kDotColumns] = {};
+    V group[kRows][kColumns] = {};
     const auto add = [&](int64_t k, auto&& load_weights) {
       V x[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) x[r] = load(a + r * row_stride + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < kDotColumns; ++i) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i) {
         const V y = load_weights(w[i] + k);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) group[r][i] += y * x[r];
@@ -189,9 +247,8 @@ inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t ro
     if (whole < depth) add(whole, [&](const T* p) { return load_first(p, depth - whole); });
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < kDotColumns; ++i)
-        if (j + i < kLanes<T>) sum[r][j + i] = group[r][i];
+#pragma GCC unroll 8
+      for (int i = 0; i < kColumns; ++i) sum[r][j + i] = group[r][i];
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {

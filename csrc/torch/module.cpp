@@ -34,6 +34,9 @@ std::vector<std::string> built_isas() {
 #if defined(RNN_EXT_HAVE_AVX512_BF16)
   names.emplace_back("avx512_bf16");
 #endif
+#if defined(RNN_EXT_HAVE_AMX)
+  names.emplace_back("amx");
+#endif
   return names;
 }
 

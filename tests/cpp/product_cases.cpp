@@ -119,8 +119,8 @@ void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, Init
 template <class P>
 void check_panels() {
   for (int vectors = 1; vectors <= kPanelVectors; ++vectors) {
-    for (int64_t rows = 1; rows <= 20; ++rows)
-      for (int64_t depth : {0, 1, 2, 3, 4, 5, 7, 8, 31})
+    for (int64_t rows = 1; rows <= 34; ++rows)
+      for (int64_t depth : {0, 1, 2, 3, 4, 5, 7, 8, 31, 65})
         for (Init init : {Init::kNone, Init::kBias, Init::kMatrix})
           for (bool transposed : {false, true})
             check_panel<P>(vectors, rows, depth, transposed, init);

@@ -23,5 +23,8 @@ int64_t check_products();
 namespace unit_avx512_bf16 {
 int64_t check_products();  // of bfloat16 operands
 }
+namespace unit_amx {
+int64_t check_products();  // the same on emulated tiles
+}
 
 }  // namespace rnn_ext

@@ -35,3 +35,6 @@ TEST(avx512) { run("avx512", rnn_ext::unit_avx512::check_products); }
 #if defined(RNN_EXT_HAVE_AVX512_BF16)
 TEST(avx512_bf16) { run("avx512_bf16", rnn_ext::unit_avx512_bf16::check_products); }
 #endif
+#if defined(RNN_EXT_HAVE_AMX)
+TEST(amx_emulated) { run("avx512_bf16", rnn_ext::unit_amx::check_products); }
+#endif
