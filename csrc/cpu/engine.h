@@ -33,6 +33,14 @@ size_t workspace_bytes(const ForwardCall<T>& call, const Plan& plan);
 template <class T>
 void run(const ForwardCall<T>& call, const Plan& plan, void* workspace, Runner runner);
 
+// A stack of layers, forward: each call's x is the y of the one before. `wave` from plan_stack has
+// chunks, and each plan and workspace is for one thread with that many chunk_steps.
+template <class T>
+Wavefront plan_stack(const SequenceShape* shapes, int count, int max_threads, bool bf16_products);
+template <class T>
+void run_stack(const ForwardCall<T>* calls, const Plan* plans, void* const* workspaces, int count,
+               const Wavefront& wave, Runner runner);
+
 template <class T>
 size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan);
 template <class T>

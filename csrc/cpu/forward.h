@@ -153,18 +153,22 @@ struct ForwardPass {
   }
 
   void run(Member& team) const {
-    prepare(team);
-    for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
-      const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
-      project_input(team, s, end);
-      if (plan.split_directions)
-        team.for_each_alone(shape.directions, [&](Member& alone, int64_t d) {
-          for (int64_t i = s; i < end; ++i) step(alone, {int(d), 1}, i, s, end);
-        });
-      else
-        for (int64_t i = s; i < end; ++i) step(team, {0, shape.directions}, i, s, end);
-    }
-    team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
+    for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) run_chunk(team, s);
+  }
+
+  // The chunk that begins at position s. Chunks run in order; all that outlives one of them is in
+  // the workspace.
+  void run_chunk(Member& team, int64_t s) const {
+    const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
+    if (s == 0) prepare(team);
+    project_input(team, s, end);
+    if (plan.split_directions)
+      team.for_each_alone(shape.directions, [&](Member& alone, int64_t d) {
+        for (int64_t i = s; i < end; ++i) step(alone, {int(d), 1}, i, s, end);
+      });
+    else
+      for (int64_t i = s; i < end; ++i) step(team, {0, shape.directions}, i, s, end);
+    if (end == shape.steps) team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
 
  private:

@@ -38,6 +38,14 @@ void forward(const ForwardCall<Value<P>>& call, const Plan& plan, void* workspac
 }
 
 template <class P>
+void forward_chunk(const ForwardCall<Value<P>>& call, const Plan& plan, void* workspace,
+                   Member& team, int64_t position) {
+  with_cell(call.shape.cell, [&](auto cell) {
+    ForwardPass<P, decltype(cell)>(call, plan, workspace).run_chunk(team, position);
+  });
+}
+
+template <class P>
 size_t backward_workspace(const BackwardCall<Value<P>>& call, const Plan& plan) {
   return with_cell(call.shape.cell, [&](auto cell) {
     return BackwardPass<P, decltype(cell)>(call, plan, nullptr).workspace_bytes;
@@ -59,9 +67,9 @@ void elementwise(const T* x, T* y, int64_t n) {
 template <class P>
 constexpr KernelsOf<Value<P>> table() {
   using T = Value<P>;
-  return {forward_workspace<P>,        forward<P>,
-          backward_workspace<P>,       backward<P>,
-          elementwise<T, &sigmoid<T>>, elementwise<T, &tanh<T>>};
+  return {forward_workspace<P>,    forward<P>,  forward_chunk<P>,
+          backward_workspace<P>,   backward<P>, elementwise<T, &sigmoid<T>>,
+          elementwise<T, &tanh<T>>};
 }
 
 #define RNN_EXT_STRING(x) #x

@@ -11,6 +11,8 @@ template <class T>
 struct KernelsOf {
   size_t (*forward_workspace)(const ForwardCall<T>&, const Plan&);
   void (*forward)(const ForwardCall<T>&, const Plan&, void* workspace, Member&);
+  // Only the chunk that begins at a position; chunks in order.
+  void (*forward_chunk)(const ForwardCall<T>&, const Plan&, void* workspace, Member&, int64_t);
   size_t (*backward_workspace)(const BackwardCall<T>&, const Plan&);
   void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&);
   // Elementwise, for the accuracy tests: y[i] = f(x[i]).

@@ -12,6 +12,7 @@ constexpr double kBarrierSeconds = 0.5e-6;
 constexpr double kTeamStartSeconds = 4e-6;
 constexpr double kOwnCacheBytes = 1 << 20;  // of one core
 
+constexpr int64_t kWaves = 16;  // chunks of a wavefront: the first and last ones find idle members
 constexpr int64_t kForwardChunkBytes = 1024 * 1024;
 constexpr int64_t kLongRow = 256;  // not tuned: see docs/performance.md
 // Rows for which dot products on unpacked weights cost as much as packing them saves.
@@ -84,7 +85,34 @@ Plan make_plan(const PlanInput& input) {
     plan.reason = "one direction each";
   }
   if (input.max_threads <= 1) plan.reason = "one thread: no more on offer";
+  plan.total_seconds = plan.split_directions ? kTeamStartSeconds + alone / 2 : best;
   return plan;
+}
+
+Wavefront plan_wavefront(const PlanInput* layers, int count) {
+  // Whether there are chunks, and which, changes how products are cut into tiles: it may depend on
+  // the shapes alone. They are for layers whose steps are too short to be shared well.
+  Wavefront wave;
+  double alone = 0, layer_by_layer = 0;
+  for (int i = 0; i < count; ++i) {
+    const SequenceShape& s = layers[i].shape;
+    const double weights =
+        double(num_gates(s.cell)) * s.hidden_size * (s.state_size() + s.input_size);
+    const Plan plan = make_plan(layers[i]);
+    if (count < 2 || s.directions != 1 || s.steps < 2 * kWaves || !plan.packed_weights ||
+        weights * layers[i].element_bytes > kOwnCacheBytes)
+      return {};
+    alone += plan.step_seconds * s.steps;
+    layer_by_layer += plan.total_seconds;
+  }
+  wave.chunk_steps = ceil_div(layers[0].shape.steps, kWaves);
+  const int threads = std::min(layers[0].max_threads, count);
+  if (threads < 2) return wave;
+  const double share = double(ceil_div(count, threads)) / count;
+  const double together = kTeamStartSeconds + alone * share * (kWaves + count - 1) / kWaves +
+                          kBarrierSeconds * (kWaves + count - 1);
+  if (together < 0.85 * layer_by_layer) wave.threads = threads;
+  return wave;
 }
 
 }  // namespace rnn_ext

@@ -21,7 +21,8 @@ struct Plan {
   int64_t row_block = 1;    // batch rows of one job
   // Does one member take a direction through all steps of a chunk? Then nobody waits at every step.
   bool split_directions = false;
-  double step_seconds = 0;  // predicted, of one thread
+  double step_seconds = 0;   // predicted, of one thread
+  double total_seconds = 0;  // predicted, of the team
   const char* reason = "";
 };
 
@@ -35,5 +36,14 @@ struct PlanInput {
 };
 
 Plan make_plan(const PlanInput& input);
+
+// A stack of layers, forward, one direction: member by member through layers and chunks, layer l at
+// chunk k beside layer l + 1 at chunk k - 1.
+struct Wavefront {
+  int64_t chunk_steps = 0;  // of every layer; 0: layer after layer, as each one's own plan says
+  int threads = 1;
+};
+
+Wavefront plan_wavefront(const PlanInput* layers, int count);
 
 }  // namespace rnn_ext

@@ -100,7 +100,7 @@ class Member {
   void for_each_alone(int64_t jobs, Job&& job) {
     for_each(jobs, [&](int64_t i) {
       Team nobody_else(1);
-      Member alone(nobody_else, id_);
+      Member alone(nobody_else, 0);
       job(alone, i);
     });
   }

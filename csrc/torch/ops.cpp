@@ -104,6 +104,31 @@ Rounding rounding_of(at::ScalarType dtype) {
                                 : Rounding::kNone;
 }
 
+// All layers of a stack, by the wavefront that its shapes call for.
+template <class T>
+void run_wavefront(const std::vector<ForwardCall<T>>& calls, const Wavefront& wave) {
+  std::vector<Plan> plans;
+  std::vector<c10::DataPtr> memory;
+  std::vector<void*> workspaces;
+  for (const ForwardCall<T>& call : calls) {
+    plans.push_back(plan_call<T>(call.shape, false, 1, call.bf16_products));
+    plans.back().chunk_steps = wave.chunk_steps;
+    memory.push_back(c10::GetCPUAllocator()->allocate(workspace_bytes(call, plans.back())));
+    workspaces.push_back(memory.back().get());
+  }
+  run_stack(calls.data(), plans.data(), workspaces.data(), int(calls.size()), wave,
+            run_on_torch_threads);
+}
+
+template <class T>
+Wavefront wavefront_of(const Problem& p, at::ScalarType dtype, int threads) {
+  const Options& o = p.options;
+  if (o.num_layers < 2 || o.drops()) return {};
+  std::vector<SequenceShape> shapes;
+  for (int64_t layer = 0; layer < o.num_layers; ++layer) shapes.push_back(p.layer_shape(layer));
+  return plan_stack<T>(shapes.data(), int(o.num_layers), threads, bf16_products(dtype));
+}
+
 template <class T>
 ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve) {
   const Options& o = p.options;
@@ -125,6 +150,9 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
       for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i)
         inner[i] = at::empty({p.layer_output_size()}, wide);
     const T* layer_input = nullptr;
+    const int threads = max_threads();
+    const Wavefront wave = wavefront_of<T>(p, dtype, threads);
+    std::vector<ForwardCall<T>> waiting;
     for (int64_t layer = 0; layer < o.num_layers; ++layer) {
       const bool last = layer == o.num_layers - 1;
       ForwardCall<T> call;
@@ -148,8 +176,14 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
         if (save_reserve && num_saved(o.cell) > 0)
           call.reserve[d] = reserve.mutable_data_ptr<T>() + p.saved_offset(layer, d);
       }
-      run_call(call, plan_call<T>(call.shape, false, max_threads(), call.bf16_products));
       layer_input = y;
+      if (wave.threads > 1) {
+        waiting.push_back(call);
+        continue;
+      }
+      Plan plan = plan_call<T>(call.shape, false, threads, call.bf16_products);
+      if (wave.chunk_steps > 0) plan.chunk_steps = wave.chunk_steps;
+      run_call(call, plan);
       if (!last && o.drops()) {
         // Drawn like torch.nn draws it, so that the same seed drops the same values.
         const at::Tensor from = at::from_blob(y, {p.layer_output_size()}, wide);
@@ -160,6 +194,7 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
         layer_input = dropped.const_data_ptr<T>();
       }
     }
+    if (!waiting.empty()) run_wavefront(waiting, wave);
   }
   if (dtype == compute) return {output, h_n, c_n, reserve};
   return {output.to(dtype), h_n.to(dtype), c_n.to(dtype), reserve};
