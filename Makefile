@@ -11,11 +11,12 @@ BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '
 ENGINE := -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRNN_EXT_ENGINE_ONLY=ON -DRNN_EXT_WERROR=ON
 
 DEPENDENCIES := $(VENV)/.dependencies
+BENCH_DEPENDENCIES := $(VENV)/.bench-dependencies
 BUILT := build/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build wheel sdist lint format test-cpp sanitize test-aarch64 cuda-check clean
+.PHONY: help demo test bench bench-peers build wheel sdist lint format test-cpp sanitize test-aarch64 cuda-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,9 +27,11 @@ demo: $(BUILT) ## Train a character LSTM beside torch.nn's (DEMO_ARGS=--quick fo
 test: $(BUILT) test-cpp ## Run the whole test suite, Python and C++
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
 
-bench: $(BUILT) ## Compare with torch.nn on this machine (BENCH_ARGS=--quick for a short run)
+bench: $(BUILT) $(BENCH_DEPENDENCIES) ## Compare with torch.nn, onnxruntime and OpenVINO (BENCH_ARGS=--quick for a short run)
 	@mkdir -p out
 	$(BIN)/python benchmarks/report.py --json out/bench.json --markdown out/bench.md --png out/bench.png $(BENCH_ARGS)
+
+bench-peers: $(BENCH_DEPENDENCIES) ## Install the other engines that bench compares with
 
 build: $(BUILT) ## Build the extension in place and make rnn_ext importable in .venv
 
@@ -83,6 +86,11 @@ $(DEPENDENCIES): requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages of requirements-dev.txt into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(BENCH_DEPENDENCIES): requirements-bench.txt $(DEPENDENCIES)
+	@echo "Installing the packages of requirements-bench.txt into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $< -c requirements-dev.txt
 	@touch $@
 
 # build_ext first: its errors are one line, pip would wrap them. The editable install then finds

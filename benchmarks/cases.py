@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from rnn_ext._bench import Case, Mode
 
 CELLS = ("RNN", "LSTM", "GRU")
 
 # (batch, steps, input_size, hidden_size)
-GRID = (
+Shape = tuple[int, int, int, int]
+
+GRID: tuple[Shape, ...] = (
     (1, 100, 64, 64),
     (1, 100, 256, 256),
     (1, 100, 512, 512),
@@ -20,26 +26,42 @@ GRID = (
     (64, 50, 1024, 1024),
 )
 
-# One step of one stream with the state handed in: what a caller pays per character, frame or
-# action.
-STREAMING = (1, 1, 64, 64)
-
 # What --quick measures: enough to see that the harness and the kernels run, not enough to be
 # quoted.
-QUICK_GRID = ((1, 100, 64, 64), (16, 50, 128, 128))
+QUICK_GRID: tuple[Shape, ...] = ((1, 100, 64, 64), (16, 50, 128, 128))
+
+# One step with the state handed in: what a caller pays per character, frame or action.
+# (batch, size of input and of state, layers)
+STREAMING = ((1, 64, 1), (1, 128, 2), (8, 256, 1))
 
 SMALL_BATCH = 16
 
+MODES: tuple[Mode, ...] = ("inference", "training")
 
-def select(
+
+def grid(
     cells: tuple[str, ...] = CELLS, max_batch: int | None = None, quick: bool = False
 ) -> list[Case]:
-    """Streaming steps first, then the grid, small batches first, inference beside training."""
+    """Small batches first, inference beside training."""
     shapes = [
         shape for shape in (QUICK_GRID if quick else GRID) if shape[0] <= (max_batch or shape[0])
     ]
-    modes: tuple[Mode, ...] = ("inference", "training")
-    streaming = [Case(cell, *STREAMING, "streaming", given_state=True) for cell in cells]
-    return streaming + [
-        Case(cell, *shape, mode) for shape in shapes for cell in cells for mode in modes
+    return [Case(cell, *shape, mode) for shape in shapes for cell in cells for mode in MODES]
+
+
+def streaming(cells: tuple[str, ...] = CELLS, max_batch: int | None = None) -> list[Case]:
+    return [
+        Case(cell, batch, 1, size, size, "streaming", num_layers=layers, given_state=True)
+        for batch, size, layers in STREAMING
+        for cell in cells
+        if batch <= (max_batch or batch)
     ]
+
+
+def half_precision(cases: list[Case]) -> list[Case]:
+    return [replace(case, dtype=torch.bfloat16) for case in cases]
+
+
+def bidirectional(cases: list[Case]) -> list[Case]:
+    """The cases with one row, in both directions."""
+    return [replace(case, bidirectional=True) for case in cases if case.batch == 1]

@@ -1,14 +1,15 @@
-"""Peak memory of a training step, in a fresh process for each side and shape (Linux, glibc).
+"""Peak memory of a call, in a fresh process for each side and shape (Linux, glibc).
 
 The process builds the module and its input, runs a tiny layer of the same kind so that thread pools
 and one-time tables exist, and only then starts to count. Weights and input are therefore not in the
-figures; activations kept for backward, scratch, gradients, and whatever a side keeps for its next
-call (packed weights, compiled primitives) are. Two figures, because neither is enough alone:
+figures. Outputs, activations kept for backward, scratch, gradients, and whatever a side keeps for
+its next call (packed weights, compiled primitives) are. Two figures, because neither is enough
+alone:
 
     heap      highest number of bytes asked for and not yet given back. The same in every run, but
               it counts pages that were never written.
-    resident  what the first step left behind in anonymous pages, plus how far the kernel's
-              high-water mark rises during a later step (median of several). What the machine really
+    resident  what the first call left behind in anonymous pages, plus how far the kernel's
+              high-water mark rises during a later call (median of several). What the machine really
               gave, but it moves by up to a megabyte with the allocator's state: no use for a layer
               that needs 300 kB.
 """
@@ -27,14 +28,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from peers import PEERS, build_all
+from peers import BASELINE, OURS, PEERS, build_all
 from probe import compile_shared
 from rnn_ext._bench import Case
+from rows import MemoryRow
 
 HEAP_COUNTER = Path(__file__).with_name("heap.c")
 PR_SET_THP_DISABLE = 41
@@ -46,7 +48,7 @@ RESIDENT_IS_PRECISE = 8 << 20
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above what the process held before its first step."""
+    """Bytes above what the process held before its first call."""
 
     heap: int
     resident: int
@@ -56,6 +58,19 @@ class Peak:
         if min(self.resident, other.resident) < RESIDENT_IS_PRECISE:
             return self.heap / other.heap
         return max(self.heap / other.heap, self.resident / other.resident)
+
+    def beside(self, size: int) -> int:
+        """What is left when `size` bytes are taken off, by the same choice."""
+        if self.resident < RESIDENT_IS_PRECISE:
+            return self.heap - size
+        return max(self.heap, self.resident) - size
+
+
+def output_bytes(case: Case) -> int:
+    """Bytes of the output and the final states."""
+    states = 2 if case.cell == "LSTM" else 1
+    per_row = case.steps * case.directions + case.num_layers * case.directions * states
+    return case.dtype.itemsize * case.batch * case.hidden_size * per_row
 
 
 @contextmanager
@@ -107,8 +122,14 @@ def measure_here(case: Case, peer: str, repeats: int = 5) -> Peak:
         raise OSError(ctypes.get_errno(), "huge pages could not be switched off")
 
     only = {peer: PEERS[peer]}
-    build_all(replace(case, batch=2, steps=2, input_size=4, hidden_size=8), only)[peer]()
+    tiny = replace(case, batch=2, steps=2, input_size=4, hidden_size=8)
+    with tiny.context():
+        build_all(tiny, only)[peer]()
     work = build_all(case, only)[peer]
+
+    def call() -> None:
+        with case.context():
+            work()
 
     def settle() -> None:
         for tensor in (work.input, *work.parameters):
@@ -120,7 +141,7 @@ def measure_here(case: Case, peer: str, repeats: int = 5) -> Peak:
     heap_before = libc.heap_current()
     pages_before = status("RssAnon")
     libc.heap_reset_peak()
-    work()
+    call()
     settle()
     kept = status("RssAnon") - pages_before
     rises = []
@@ -128,9 +149,19 @@ def measure_here(case: Case, peer: str, repeats: int = 5) -> Peak:
         settle()
         Path("/proc/self/clear_refs").write_text(RESET_HIGH_WATER_MARK)
         resident = status("VmRSS")
-        work()
+        call()
         rises.append(status("VmHWM") - resident)
     return Peak(libc.heap_peak() - heap_before, int(statistics.median(rises)) + kept)
+
+
+def compare_peaks(case: Case, counter: Path, threads: int) -> MemoryRow:
+    """A training step beside torch.nn's, inference beside its own outputs."""
+    ours = measure(case, OURS, counter, threads)
+    if not case.training:
+        extra = ours.beside(output_bytes(case))
+        return MemoryRow(case, astuple(ours), theirs=None, ratio=None, beside_outputs=extra)
+    theirs = measure(case, BASELINE, counter, threads)
+    return MemoryRow(case, astuple(ours), astuple(theirs), ours.ratio(theirs), None)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The fastest any program could run a case on this machine, and the health of its cores.
+"""The fastest any program could run a case on this machine.
 
 The floor of a case is the cheapest of three ways to use n threads, each charged only for what
 cannot be avoided:
@@ -19,7 +19,7 @@ flattered.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -63,11 +63,26 @@ class Machine:
     def peak(self) -> float:
         return max(self.fma_all_threads, self.sgemm)
 
+    def best(self, other: Machine) -> Machine:
+        """The higher rate of both in everything: a limit is what was possible once."""
+        return replace(
+            self,
+            fma_one_thread=max(self.fma_one_thread, other.fma_one_thread),
+            fma_all_threads=max(self.fma_all_threads, other.fma_all_threads),
+            sgemm=max(self.sgemm, other.sgemm),
+            handoff=min(self.handoff, other.handoff),
+            levels=tuple(
+                replace(
+                    mine,
+                    one_thread=max(mine.one_thread, theirs.one_thread),
+                    all_threads=max(mine.all_threads, theirs.all_threads),
+                )
+                for mine, theirs in zip(self.levels, other.levels, strict=True)
+            ),
+        )
+
     def level_of(self, size: float) -> Level:
         return next((level for level in self.levels if size <= level.size), self.levels[-1])
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def cache_sizes() -> list[int]:
@@ -110,20 +125,26 @@ def measure(probe: MachineProbe, threads: int, attempts: int = 5) -> Machine:
         one = max(probe.read(1, buffer) for _ in range(attempts))
         every = max(probe.read(threads, buffer) for _ in range(attempts))
         levels.append(Level(name, size, one, every))
+    one_thread = max(probe.fma(1) for _ in range(attempts))
+    all_threads = max(probe.fma(threads) for _ in range(attempts))
     return Machine(
         threads=threads,
-        fma_one_thread=max(probe.fma(1) for _ in range(attempts)),
-        fma_all_threads=max(probe.fma(threads) for _ in range(attempts)),
+        # Of several cores at once one has done the average at least.
+        fma_one_thread=max(one_thread, all_threads / threads),
+        fma_all_threads=all_threads,
         sgemm=best_sgemm(attempts=attempts),
-        handoff=min(probe.handoff() for _ in range(attempts)),
+        handoff=min(probe.handoff() for _ in range(4 * attempts)),
         levels=tuple(levels),
     )
 
 
-def floor_seconds(case: Case, machine: Machine) -> float:
-    """The time no program can beat on this machine (top of this file). One layer, float32."""
+def floor_seconds(case: Case, machine: Machine) -> float | None:
+    """The time no program can beat on this machine (top of this file).
+
+    None for what it is not defined for: it knows one layer, one direction and float32.
+    """
     if case.dtype != torch.float32 or case.num_layers != 1 or case.bidirectional or case.proj_size:
-        raise ValueError(f"no floor is defined for {case.label}")
+        return None
     passes = 2 if case.training else 1
     weight_bytes = 4 * NUM_GATES[case.cell] * case.hidden_size**2
     reads = weight_bytes * case.steps * passes
@@ -139,11 +160,3 @@ def floor_seconds(case: Case, machine: Machine) -> float:
         # readers.
         ways.append(max(case.flops / machine.peak, reads * machine.threads / whole.all_threads))
     return min(ways)
-
-
-def health(probe: MachineProbe, threads: int, one_thread_rate: float) -> float:
-    """Multiply-add rate of all threads at this moment, as a share of `threads` undisturbed cores.
-
-    About 1 when every core is ours; about 1/2 when one of two is taken.
-    """
-    return probe.fma(threads) / (threads * one_thread_rate)

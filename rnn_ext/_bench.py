@@ -22,6 +22,9 @@ Mode = Literal["inference", "training", "streaming"]
 
 NUM_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
+# Seconds that a short call is repeated for before a sample begins.
+WARM_UP = 1e-3
+
 
 @dataclass(frozen=True)
 class Case:
@@ -212,7 +215,14 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
 
 
 def compare(case: Case, candidate: Workload, torch_nn: Workload) -> list[Deviation]:
-    """Error of everything the candidate computes, in units of the norm of the exact result.
+    """Error of everything the candidate computes: `compare_all` for one."""
+    return compare_all(case, {"candidate": candidate}, torch_nn)["candidate"]
+
+
+def compare_all(
+    case: Case, candidates: Mapping[str, Workload], torch_nn: Workload
+) -> dict[str, list[Deviation]]:
+    """Error of everything each candidate computes, in units of the norm of the exact result.
 
     The exact result is torch.nn's in float64 on the same numbers. At any lower precision the
     candidate may be twice as far from it as torch.nn is at that precision, plus one rounding. In
@@ -225,16 +235,22 @@ def compare(case: Case, candidate: Workload, torch_nn: Workload) -> list[Deviati
     with case.context():
         exact = Workload(case, exact_module).results()
         expected = torch_nn.results()
-        actual = candidate.results()
+        produced = {name: candidate.results() for name, candidate in candidates.items()}
     eps = torch.finfo(case.dtype).eps
-    deviations = []
-    for name, reference in exact.items():
+
+    def bound(name: str) -> float:
         if case.dtype == torch.float64:
-            bound = 4096 * eps
-        else:
-            bound = 2 * relative_error(expected[name], reference) + eps
-        deviations.append(Deviation(name, relative_error(actual[name], reference), bound))
-    return deviations
+            return 4096 * eps
+        return 2 * relative_error(expected[name], exact[name]) + eps
+
+    bounds = {name: bound(name) for name in exact}
+    return {
+        candidate: [
+            Deviation(name, relative_error(actual[name], reference), bounds[name])
+            for name, reference in exact.items()
+        ]
+        for candidate, actual in produced.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -276,19 +292,35 @@ def interleave(
     rounds: int = 7,
     min_sample: float = 5e-3,
     clock: Callable[[], float] = time.perf_counter,
+    settle: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time the sides in turn, A B A B ..., so that a busy moment hits all of them alike."""
-    calls = {name: repetitions(work, min_sample, clock) for name, work in sides.items()}
+    """Time the sides in turn, A B A B ..., so that a busy moment hits all of them alike.
+
+    `settle` runs before each sample, outside the time: where the sides have thread pools of their
+    own, one pool's threads still spin when the next side's turn comes.
+    """
+    calls: dict[str, int] = {}
+    for name, work in sides.items():
+        settle()
+        calls[name] = repetitions(work, min_sample, clock)
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
+            settle()
             if calls[name] > 1:
-                # The other side has just left the caches and its threads may still be spinning: a
+                # The other side has just left the caches and this side's threads may be asleep: a
                 # short call must not pay for that. For a call as long as the whole sample it does
                 # not matter.
-                work()
+                warm_up(work, clock)
             start = clock()
             for _ in range(calls[name]):
                 work()
             samples[name].append((clock() - start) / calls[name])
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def warm_up(work: Callable[[], object], clock: Callable[[], float]) -> None:
+    start = clock()
+    work()
+    while clock() - start < WARM_UP:
+        work()

@@ -73,6 +73,7 @@ py::dict cpu_info() {
   py::dict info;
   info["isa"] = current_kernels().name;
   info["available"] = available_isas();
+  info["bf16_products"] = current_kernels().bf16_products != nullptr;
   info["num_threads"] = at::get_num_threads();
   return info;
 }
