@@ -46,6 +46,15 @@ def figures(rows: Iterable, value: Callable[..., float]) -> list[Figure]:
     return [Figure(value(row), row.case.label, getattr(row, "healthy", True)) for row in rows]
 
 
+def shares(rows: Iterable[Row], share: Callable[[Row], float | None]) -> list[Figure]:
+    """Shares of the machine's limits, where they are defined."""
+    return [
+        Figure(share(row), row.case.label, row.healthy and row.healthy_limits)
+        for row in rows
+        if share(row) is not None
+    ]
+
+
 def every(
     bar: str,
     found: Sequence[Figure],
@@ -159,7 +168,7 @@ def judge_grid(rows: Sequence[Row], absent: Sequence[str]) -> list[Verdict]:
     one_row = [row for row in rows if row.case.batch == 1 and 256 <= row.case.hidden_size <= 1024]
     verdicts += at_least(
         f"share of the roofline, B = 1, H in 256..1024 >= {ROOFLINE_SHARE:.0%}",
-        figures([row for row in one_row if row.share is not None], lambda row: row.share),
+        shares(one_row, lambda row: row.share),
         ROOFLINE_SHARE,
         percent,
     )
@@ -171,7 +180,7 @@ def judge_grid(rows: Sequence[Row], absent: Sequence[str]) -> list[Verdict]:
         ]
         verdicts += at_least(
             f"{mode}, share of the multiply-add peak, B >= 32, H >= 256 >= {least:.0%}",
-            figures([row for row in large if row.peak_share is not None], lambda r: r.peak_share),
+            shares(large, lambda row: row.peak_share),
             least,
             percent,
         )

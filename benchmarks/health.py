@@ -60,11 +60,15 @@ def measure_limits(probe: MachineProbe, threads: int, attempts: int, patience: P
     """
     machine = measure(probe, threads, attempts)
     for _ in range(ATTEMPTS - 1):
-        share = machine.fma_all_threads / (threads * machine.fma_one_thread)
-        if Health(share, machine.handoff).good(machine) or not patience.pause():
+        if limits_are_good(machine) or not patience.pause():
             break
         machine = machine.best(measure(probe, threads, attempts))
     return machine
+
+
+def limits_are_good(machine: Machine) -> bool:
+    share = machine.fma_all_threads / (machine.threads * machine.fma_one_thread)
+    return Health(share, machine.handoff).good(machine)
 
 
 class Patience:

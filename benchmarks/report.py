@@ -23,7 +23,7 @@ import rnn_ext
 import tables
 from bars import judge, summary
 from cases import CELLS, bidirectional, grid, half_precision, streaming
-from health import Patience, measure_limits
+from health import Patience, limits_are_good, measure_limits
 from heatmap import heat_map
 from peers import BASELINE, OURS, PEERS, RIVAL_NAMES, RIVALS, USUAL_RIVALS, Rival, yardsticks
 from rnn_ext._bench import Case
@@ -305,6 +305,11 @@ def describe_machine(machine: Machine) -> str:
         f"({machine.fma_one_thread / 1e9:.0f} on one thread), "
         f"torch's sgemm {machine.sgemm / 1e9:.0f}; reads in GB/s: {levels}; "
         f"core to core {machine.handoff * 1e9:.0f} ns"
+        + (
+            ""
+            if limits_are_good(machine)
+            else "; measured while a core was away: shares of them flatter"
+        )
     )
 
 

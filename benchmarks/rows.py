@@ -25,6 +25,7 @@ class Row:
     health: Health | None = None
     floor: float | None = None  # seconds; None where the roofline is not defined
     peak: float | None = None  # flop/s of all threads
+    healthy_limits: bool = True  # floor and peak, too: measured with a core away they flatter
 
     @property
     def theirs(self) -> float:
@@ -83,6 +84,7 @@ class Row:
             "roofline_share": self.share,
             "peak_share": self.peak_share,
             "healthy": self.healthy,
+            "healthy_limits": self.healthy_limits,
             "health": asdict(self.health) if self.health else None,
         }
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from health import UNRELIABLE, Patience, undisturbed, wait_for_idle_threads
+import torch
+
+from health import (
+    UNRELIABLE,
+    Patience,
+    limits_are_good,
+    undisturbed,
+    wait_for_idle_threads,
+)
 from peers import BASELINE, OURS, PEERS, RIVAL_NAMES, Build, build_all
 from rnn_ext._bench import Case, Timing, Workload, compare_all, interleave
 from roofline import Machine, MachineProbe, floor_seconds
@@ -71,7 +79,9 @@ def time_case(
         healthy=health.good(machine) and spread <= UNRELIABLE,
         health=health,
         floor=floor_seconds(case, machine),
-        peak=machine.peak,
+        # Of float32: nothing else is measured, and bfloat16 products have a higher one.
+        peak=machine.peak if case.dtype == torch.float32 else None,
+        healthy_limits=limits_are_good(machine),
     )
 
 

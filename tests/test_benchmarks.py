@@ -208,9 +208,19 @@ def test_time_case():
     assert measured.ratio == pytest.approx(3.0)
     assert measured.floor == roofline.floor_seconds(case, MACHINE)
     assert measured.peak == MACHINE.peak
+    assert measured.healthy_limits
     assert measured.healthy
     assert measured.health == health.Health(1.0, 1e-7)
     assert measured.spread == 0.0
+
+
+def test_no_share_of_a_peak_that_is_not_measured():
+    case = Case("GRU", 2, 3, 4, 5, dtype=torch.bfloat16)
+    measured = timing.time_case(
+        case, MACHINE, FakeProbe(200e9), patience(), measure_times=fake_times()
+    )
+    assert (measured.peak_share, measured.share) == (None, None)
+    assert report.format_row(measured)
 
 
 def test_best_peer_is_neither_ours_nor_a_yardstick():
@@ -540,9 +550,11 @@ def test_limits_are_measured_again_while_a_core_is_away():
     rates = FakeProbe(2e9, 2e9, 1e9, 4e9)
     machine = health.measure_limits(rates, threads=2, attempts=1, patience=patience())
     assert (machine.fma_one_thread, machine.fma_all_threads) == (2e9, 4e9)
+    assert "a core was away" not in report.describe_machine(machine)
     away = FakeProbe(2e9)
     machine = health.measure_limits(away, threads=2, attempts=1, patience=patience())
     assert machine.fma_all_threads == 2e9  # not for ever
+    assert "a core was away" in report.describe_machine(machine)
 
 
 def test_best_of_two_machines():
@@ -757,6 +769,14 @@ def test_one_healthy_figure_beyond_a_bar_decides_it():
     assert verdict.status == "falls short"
     assert "worst 0.90x" in verdict.figure
     assert "beyond the bar: 2 of 3" in verdict.figure
+
+
+def test_shares_of_unhealthy_limits_decide_nothing():
+    case = replace(LARGE, batch=1)
+    rows = [replace(row(found, 9.0), healthy_limits=False) for found in (case, LARGE)]
+    by_bar = {verdict.bar: verdict.status for verdict in bars.judge(Results(grid=rows))}
+    assert [state for bar, state in by_bar.items() if "share" in bar] == ["no verdict"] * 2
+    assert [state for bar, state in by_bar.items() if "share" not in bar] == ["ok"] * 3
 
 
 def test_a_missing_peer_leaves_its_bars_open():

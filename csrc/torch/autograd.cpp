@@ -36,12 +36,16 @@ struct RecurrentBackward : torch::autograd::Node {
 
   std::string name() const override { return "RecurrentBackward"; }
 
+  // Threads may go backward through the same graph at once: one must not release what another is
+  // unpacking.
   void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* v : {&input, &h_0, &c_0, &output, &reserve, &batch_sizes}) v->reset_data();
     for (SavedVariable& v : params) v.reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
+    std::unique_lock<std::mutex> lock(mutex_);
     std::vector<at::Tensor> weights;
     weights.reserve(params.size());
     for (SavedVariable& v : params) weights.push_back(v.unpack());
@@ -50,7 +54,8 @@ struct RecurrentBackward : torch::autograd::Node {
     };
     const Inputs inputs{input.unpack(), unpacked(batch_sizes, has_batch_sizes),
                         unpacked(h_0, has_h_0), unpacked(c_0, has_c_0), weights};
-    const at::Tensor kept = reserve.unpack();
+    const at::Tensor kept = reserve.unpack(), unpacked_output = output.unpack(getptr());
+    lock.unlock();
     if (at::GradMode::is_enabled() || any_batched(grads))
       return differentiable(grads, inputs, kept);
 
@@ -58,7 +63,7 @@ struct RecurrentBackward : torch::autograd::Node {
     std::vector<bool> param_mask;
     for (size_t i = 0; i < params.size(); ++i) param_mask.push_back(wanted(3 + i));
     variable_list results = call_recurrent_backward(
-        {grads[0], grads[1], grads[2]}, inputs, output.unpack(getptr()), kept, options,
+        {grads[0], grads[1], grads[2]}, inputs, unpacked_output, kept, options,
         {wanted(0), has_h_0 && wanted(1), has_c_0 && wanted(2)}, param_mask);
     for (size_t i = 0; i < results.size(); ++i)
       if (!wanted(i) || (i == 1 && !has_h_0) || (i == 2 && !has_c_0)) results[i] = at::Tensor();

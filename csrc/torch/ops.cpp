@@ -5,6 +5,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -23,7 +24,17 @@ void run_on_torch_threads(int members, void (*body)(int, void*), void* context) 
   at::parallel_for(0, members, 1, [&](int64_t begin, int64_t) { body(int(begin), context); });
 }
 
-int max_threads() { return at::in_parallel_region() ? 1 : governor().grant(at::get_num_threads()); }
+// A forked child inherits torch's OpenMP pool without its threads, and a parallel region in it
+// waits for them for ever. Whether the parent had started the pool cannot be told, so a child uses
+// none.
+std::atomic<bool> g_forked{false};
+[[maybe_unused]] const int g_watching_forks =
+    pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
+
+int max_threads() {
+  if (at::in_parallel_region() || g_forked.load(std::memory_order_relaxed)) return 1;
+  return governor().grant(at::get_num_threads());
+}
 
 // Does this call round what its products read to bfloat16? Models of that type do; for float32 it
 // is the user's choice, torch.backends.mkldnn.rnn.fp32_precision or, where that is not set, what
