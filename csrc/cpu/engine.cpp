@@ -26,7 +26,8 @@ void run_team(int members, double work, Runner runner, const Body& body) {
     const bool report = governor().on_trial();
     const int64_t start = report ? clock_ns(CLOCK_MONOTONIC) : 0;
     body(alone);
-    if (report) governor().one_thread_ran(work, clock_ns(CLOCK_MONOTONIC) - start);
+    const int64_t now = report ? clock_ns(CLOCK_MONOTONIC) : 0;
+    if (report) governor().one_thread_ran(work, now - start, now);
     return;
   }
   struct Context {
@@ -45,13 +46,13 @@ void run_team(int members, double work, Runner runner, const Body& body) {
         c.team.close();
       },
       &context);
-  const int64_t last_tick = ticks(), elapsed = clock_ns(CLOCK_MONOTONIC) - start;
+  const int64_t last_tick = ticks(), now = clock_ns(CLOCK_MONOTONIC), elapsed = now - start;
   // Lost: waits for stalled members, the wait for the others at the end, and all the time in which
   // this thread itself was not running. The first two may be among the last.
   const double waited =
       double(team.ticks_lost() + last_tick - team.closed_at()) / double(last_tick - first_tick);
   const int64_t off = elapsed - (clock_ns(CLOCK_THREAD_CPUTIME_ID) - running);
-  governor().team_ran(work, elapsed, std::max(int64_t(waited * double(elapsed)), off));
+  governor().team_ran(work, elapsed, std::max(int64_t(waited * double(elapsed)), off), now);
 }
 
 template <class T>

@@ -8,8 +8,11 @@ namespace {
 // A team that loses less than this part of its time is not questioned.
 constexpr int kTolerated = 4;
 constexpr int64_t kPause = 8;
-constexpr int kMaxLosses = 2;
+constexpr int kMaxLosses = 1;
 constexpr int64_t kLongest = 2'000'000'000;
+// One thread's pause counts the time it works; a caller that seldom calls is not held up for longer
+// than this many times as much.
+constexpr int64_t kIdle = 4;
 // Calls are judged together until they have taken this long, several time slices of a scheduler: a
 // single stall says nothing.
 constexpr int64_t kWindow = 32'000'000;
@@ -33,9 +36,10 @@ int Governor::grant(int most) const {
   return std::max(1, most / (1 + teams_.load(std::memory_order_relaxed)));
 }
 
-void Governor::one_thread_ran(double work, int64_t elapsed) {
+void Governor::one_thread_ran(double work, int64_t elapsed, int64_t now) {
   alone_.add(work, elapsed);
-  if ((alone_left_ -= elapsed) > 0) return;
+  if ((alone_left_ -= elapsed) > 0 && now < alone_until_) return;
+  alone_left_ = 0;
   if (alone_.rate() > team_.rate()) {
     losses_ = std::min(losses_ + 1, kMaxLosses);
     team_left_ = team_for_ = 0;
@@ -48,7 +52,7 @@ void Governor::one_thread_ran(double work, int64_t elapsed) {
   team_.clear();
 }
 
-void Governor::team_ran(double work, int64_t elapsed, int64_t lost) {
+void Governor::team_ran(double work, int64_t elapsed, int64_t lost, int64_t now) {
   --teams_;
   team_.add(work, elapsed);
   team_lost_ += lost;
@@ -63,6 +67,7 @@ void Governor::team_ran(double work, int64_t elapsed, int64_t lost) {
   int64_t pause = kWindow;
   for (int i = 0; i < losses_; ++i) pause *= kPause;
   alone_for_ = std::min(pause, kLongest);
+  alone_until_ = now + kIdle * alone_for_;
   alone_left_ = alone_for_.load();
 }
 

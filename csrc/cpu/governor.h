@@ -3,9 +3,9 @@
 // A team of threads is as fast as its slowest core. When calls have lost much of their time because
 // threads did not get a core (a busy neighbor, a container's quota, threads that had to be woken
 // up), the next ones run on one thread for a while. Then the work done per second is compared, and
-// whichever way was slower is tried again only after a pause that grows eightfold each time: with a
-// core gone for good the attempts cost a few per cent, and where every core is shared with somebody
-// a team may still be the better way.
+// whichever way was slower is tried again only after a pause that grows, to a quarter of a second
+// for the team: with a core gone for good the attempts cost some ten per cent, a core that comes
+// back is soon in use again, and where every core is shared a team may still be the better way.
 #pragma once
 
 #include <atomic>
@@ -21,11 +21,11 @@ class Governor {
   // One thread takes turns with the team: its calls are to be reported.
   bool on_trial() const { return alone_left_.load(std::memory_order_relaxed) > 0; }
   // `work`: the seconds that the cost model expects of one thread. Times are nanoseconds.
-  void one_thread_ran(double work, int64_t elapsed);
+  void one_thread_ran(double work, int64_t elapsed, int64_t now);
 
   void team_starts() { teams_.fetch_add(1, std::memory_order_relaxed); }
   // `lost`: the part of `elapsed` in which threads waited for a core or for each other.
-  void team_ran(double work, int64_t elapsed, int64_t lost);
+  void team_ran(double work, int64_t elapsed, int64_t lost, int64_t now);
 
  private:
   // Never a lock: updates may get lost, and a process may fork at any time.
@@ -41,6 +41,7 @@ class Governor {
 
   std::atomic<int> teams_{0};                 // running now
   Nanoseconds alone_left_{0}, alone_for_{0};  // what one thread is still to do, and was given
+  Nanoseconds alone_until_{0};                // at the latest
   Nanoseconds team_left_{0}, team_for_{0};    // how long the team is not questioned
   Record alone_, team_;                       // of the trial, of the team's last calls
   Nanoseconds team_lost_{0};
