@@ -7,9 +7,9 @@ namespace {
 
 // A team that loses less than this part of its time is not questioned.
 constexpr int kTolerated = 4;
-constexpr int64_t kPause = 8;
-constexpr int kMaxLosses = 1;
-constexpr int64_t kLongest = 2'000'000'000;
+constexpr int64_t kPause = 4;
+constexpr int kMaxLosses = 3;
+constexpr int64_t kLongest = 1'000'000'000;
 // One thread's pause counts the time it works; a caller that seldom calls is not held up for longer
 // than this many times as much.
 constexpr int64_t kIdle = 4;
