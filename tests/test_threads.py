@@ -1,236 +1,395 @@
-"""Threads: any number of them, none, forked processes, many callers at once."""
+"""Threads, whoever starts them: the same bits for any team, and no call that never returns."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import rnn_ext
+from helpers import CELLS, Call, Config, evaluate, flatten, make_call, make_module, threads
 
-CELLS = ("RNN", "LSTM", "GRU")
-# (T, B, I, H): a step too short to share, one shared by hidden units, one by batch rows as well.
-SIZES = ((9, 1, 5, 7), (20, 2, 128, 192), (4, 70, 32, 96))
-HANG = 60  # seconds after which a child is taken to hang
+HUNG = 120  # seconds; what is waited for takes a few
+TASKS = Path("/proc/self/task")  # the threads of this process
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
 
+# Large enough for a team: one row and wide; rows in several blocks; two directions and layers;
+# layers at different chunks of steps at the same time.
+SHAPES = {
+    "one_row": {"input_size": 64, "hidden_size": 320, "batch": 1, "steps": 12},
+    "rows": {"input_size": 40, "hidden_size": 72, "batch": 100, "steps": 6},
+    "ragged": {"input_size": 30, "hidden_size": 136, "lengths": tuple(range(1, 34))},
+    "stack": {
+        "input_size": 24,
+        "hidden_size": 100,
+        "batch": 12,
+        "steps": 9,
+        "num_layers": 2,
+        "bidirectional": True,
+    },
+    "wavefront": {"input_size": 16, "hidden_size": 64, "batch": 1, "steps": 77, "num_layers": 3},
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES)
 
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def build(cell: str, size: tuple[int, int, int, int], **kwargs) -> tuple[torch.nn.RNNBase, Tensor]:
-    steps, batch, input_size, hidden_size = size
-    torch.manual_seed(1)
-    module = getattr(rnn_ext, cell)(input_size, hidden_size, **kwargs)
-    return module, torch.randn(steps, batch, input_size)
-
-
-def train(module: torch.nn.RNNBase, x: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    output = module(x)[0]
-    grads = torch.autograd.grad(output.square().sum(), [x, *module.parameters()])
-    return [output.detach(), *grads]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+Results = dict[str, Tensor]
 
 
-@each_cell
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"bidirectional": True}, {"num_layers": 3}],
-    ids=["plain", "two_ways", "stack"],
-)
-def test_same_bits_for_any_number_of_threads(
-    cell: str, size: tuple[int, int, int, int], kwargs: dict
-) -> None:
-    module, x = build(cell, size, **kwargs)
-    torch.set_num_threads(1)
-    expected = train(module, x)
-    for threads in (2, 3, 8):
-        torch.set_num_threads(threads)
-        assert same(train(module, x), expected), threads
+def assert_same_bits(actual: Results, expected: Results) -> None:
+    """By NumPy: torch.equal of large tensors starts a team, which hangs in a forked child."""
+    assert list(actual) == list(expected)
+    for name, result in expected.items():
+        assert np.array_equal(actual[name].numpy(), result.numpy()), name
 
 
-@each_cell
-def test_same_bits_for_a_stack_long_enough_for_a_wavefront(cell: str) -> None:
-    module, x = build(cell, (77, 1, 16, 64), num_layers=3)
-    torch.set_num_threads(1)
-    expected = train(module, x)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert same(train(module, x), expected), threads
+def planned_threads(config: Config, most: int) -> int:
+    """Members of the team of one layer of the call, if `most` threads are on offer."""
+    directions = 2 if config.bidirectional else 1
+    steps, batch = config.steps, config.batch
+    if config.lengths is not None:
+        steps, batch = max(config.lengths), len(config.lengths)
+    sizes = (steps, batch, config.input_size, config.hidden_size)
+    return rnn_ext._C.plan(config.cell, *sizes, directions=directions, threads=most)["threads"]
 
 
-def run_child(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
+def run_fresh(function: Callable[[], None], **environment: str) -> str:
+    """Run a function of this file in an interpreter of its own; return what it prints."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    paths = [Path(rnn_ext.__file__).parents[1], Path(__file__).parent]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    result = subprocess.run(
+        [sys.executable, "-c", f"import test_threads; test_threads.{function.__name__}()"],
+        env=inherited | environment,
         capture_output=True,
         text=True,
-        timeout=HANG,
+        timeout=HUNG,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert result.returncode == 0, f"exit status {result.returncode}\n{result.stderr}"
+    return result.stdout
 
 
-# A team that is asked for but does not come: OpenMP may run fewer threads than requested.
+def run_forked(function: Callable[[], None]) -> None:
+    """Run a function in a fork of this process: it has to return, and not by raising."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(HUNG)
+    hung = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hung
+    assert process.exitcode == 0
+
+
+# --------------------------------------------------------------------------- set_num_threads
+
+
+@each_cell
+@each_shape
+def test_same_bits_for_any_number_of_threads(cell: str, shape: str) -> None:
+    config = Config(cell, **SHAPES[shape])
+    # That a wavefront has a team cannot be seen from outside.
+    assert shape == "wavefront" or planned_threads(config, 2) == 2
+    module, call = make_module(config), make_call(config)
+    expected = evaluate(module, call)
+    for count in (1, 2, 3, 8, os.cpu_count() + 1):
+        with threads(count):
+            assert_same_bits(evaluate(module, call), expected)
+
+
+@each_cell
+def test_another_number_of_threads_for_backward(cell: str) -> None:
+    config = Config(cell, **SHAPES["stack"])
+    module, call = make_module(config), make_call(config)
+    expected = evaluate(module, call)
+    leaves = [leaf.clone().requires_grad_() for leaf in call.leaves.values()]
+    wanted = [*leaves, *module.parameters()]
+    gradients = [gradient for name, gradient in expected.items() if name.startswith("d_")]
+    generator = torch.Generator().manual_seed(call.seed)
+    for forward, backward in ((3, 1), (1, 2), (2, 5)):
+        with threads(forward):
+            results = flatten(module(*call.arrange(dict(zip(call.leaves, leaves, strict=True)))))
+        generator.manual_seed(call.seed)
+        cotangents = [
+            torch.randn(r.shape, generator=generator, dtype=torch.float64).float() for r in results
+        ]
+        with threads(backward):
+            actual = torch.autograd.grad(results, wanted, cotangents)
+        assert all(map(torch.equal, actual, gradients))
+
+
+def count_threads() -> None:
+    torch.set_num_threads(1)
+    config = Config("lstm", input_size=256, hidden_size=256, batch=64, steps=4)
+    module, call = make_module(config), make_call(config)
+    with torch.inference_mode():
+        for most in (1, 3):
+            torch.set_num_threads(most)
+            before = len(list(TASKS.iterdir()))
+            module(*call.arrange(call.leaves))
+            print(len(list(TASKS.iterdir())) - before, planned_threads(config, most) - 1)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="counts threads in Linux's /proc")
+def test_starts_as_many_threads_as_set() -> None:
+    assert run_fresh(count_threads).splitlines() == ["0 0", "2 2"]
+
+
+# -------------------------------------------------------- fewer threads than have been asked for
+
+
+def digest(results: Iterable[Results]) -> str:
+    digest = hashlib.sha256()
+    for named in results:
+        for name, result in named.items():
+            digest.update(name.encode() + result.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def all_cells() -> list[Results]:
+    configs = [Config(cell, **SHAPES["stack"]) for cell in CELLS]
+    return [evaluate(make_module(config), make_call(config)) for config in configs]
+
+
+def ask_for_four_threads() -> None:
+    print(digest(all_cells()))
+    torch.set_num_threads(4)
+    assert planned_threads(Config("lstm", **SHAPES["stack"]), torch.get_num_threads()) == 4
+    print(digest(all_cells()))
+
+
 @pytest.mark.parametrize(
     "environment",
-    [{"OMP_NUM_THREADS": "1"}, {"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}],
-    ids=str,
+    [{"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}],
+    ids=["one", "two"],
 )
-def test_fewer_threads_than_asked_for(environment: dict[str, str]) -> None:
-    code = """
-        import torch, rnn_ext
-        torch.manual_seed(0)
-        for cell in ("RNN", "LSTM", "GRU"):
-            for layers in (1, 3):
-                module = getattr(rnn_ext, cell)(64, 160, layers, bidirectional=layers == 1)
-                x = torch.randn(50, 4, 64)
-                results = []
-                for threads in (1, 4):
-                    torch.set_num_threads(threads)
-                    output = module(x)[0]
-                    grads = torch.autograd.grad(output.sum(), list(module.parameters()))
-                    results.append([output, *grads])
-                assert all(torch.equal(a, b) for a, b in zip(*results)), (cell, layers)
-        print("same")
-    """
-    assert run_child(code, **environment).strip() == "same"
+def test_smaller_team_than_asked_for(environment: dict[str, str]) -> None:
+    expected = digest(all_cells())
+    assert run_fresh(ask_for_four_threads, **environment).split() == [expected, expected]
 
 
-def test_many_python_threads_at_once() -> None:
-    torch.set_num_threads(2)
-    work = [(*build(cell, size), None) for cell in CELLS for size in SIZES]
-    expected = [train(module, x) for module, x, _ in work]
-    wrong: list[object] = []
-
-    def run(offset: int) -> None:
-        try:
-            for i in range(2 * len(work)):
-                which = (i + offset) % len(work)
-                module, x, _ = work[which]
-                if not same(train(module, x), expected[which]):
-                    wrong.append(which)
-        except Exception as error:  # would otherwise end this thread unseen
-            wrong.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_threads_going_backward_through_one_graph() -> None:
-    # One wins, the others are told so; none reads what the winner has released.
-    module, x = build("RNN", (1, 1, 2, 2), num_layers=8, bidirectional=True)
-    graphs = [module(x)[0] for _ in range(100)]
-    barrier = threading.Barrier(2)
-    unexpected: list[object] = []
-    wins = []
-
-    def run() -> None:
-        for output in graphs:
-            barrier.wait()
-            try:
-                torch.autograd.grad(output.sum(), [module.weight_ih_l0])
-                wins.append(1)
-            except RuntimeError as error:
-                if "second time" not in str(error):
-                    unexpected.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not unexpected
-    assert len(wins) >= len(graphs)
-
-
-def in_forked_child(work: Callable[[], None]) -> None:
-    """Fails if the child does, or hangs."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    deadline = time.monotonic() + HANG
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail("the forked child hangs")
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @each_cell
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_forked_child(cell: str, size: tuple[int, int, int, int]) -> None:
-    module, x = build(cell, size)
-    torch.set_num_threads(2)
-    expected = train(module, x)  # torch's thread pool has started
+def test_inside_a_parallel_region(cell: str) -> None:
+    """Each thread of somebody else's OpenMP team makes the call; torch's own library starts it."""
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    config = Config(cell, **SHAPES["stack"])
+    module, call = make_module(config), make_call(config)
+    expected = evaluate(module, call)
+    actual = []
 
-    def work() -> None:
-        x_in, weights = x.clone().requires_grad_(), list(module.parameters())
-        output = module(x_in)[0]
-        # Nothing large enough for torch itself to start a parallel region: that hangs in a child.
-        grads = torch.autograd.grad(output, [x_in, *weights], torch.ones_like(output))
-        if not torch.equal(output, expected[0]) or len(grads) != 1 + len(weights):
-            raise AssertionError
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def body(_: None) -> None:
+        actual.append((torch_cpu.omp_in_parallel(), evaluate(module, call)))
 
-    in_forked_child(work)
-    assert same(train(module, x), expected)  # the parent goes on with its team
+    with threads(2):
+        torch_cpu.GOMP_parallel(body, None, 3, 0)
+    assert [in_parallel for in_parallel, _ in actual] == [1, 1, 1]
+    for _, results in actual:
+        assert_same_bits(results, expected)
 
 
-class Sequences(Dataset):
-    """Runs a module in the workers, as an augmentation would."""
+# ------------------------------------------------------------------------------------------- fork
+# GNU's OpenMP, and with it torch, cannot start a team in a forked child of a process that has had
+# one: torch.nn hangs there at nearly any size. Ours runs on one thread.
 
-    def __init__(self, module: torch.nn.RNNBase, x: Tensor) -> None:
-        self.module, self.x = module, x
+
+def use_a_team() -> None:
+    config = Config("lstm", **SHAPES["stack"])
+    assert planned_threads(config, 2) == 2
+    with threads(2):
+        evaluate(make_module(config), make_call(config))
+
+
+@each_cell
+def test_forked_child(cell: str) -> None:
+    config = Config(cell, **SHAPES["stack"])
+    module, call = make_module(config), make_call(config)
+    with threads(2):
+        expected = evaluate(module, call)
+
+        def compare() -> None:
+            with torch.inference_mode():
+                output, *_ = flatten(module(*call.arrange(call.leaves)))
+            assert_same_bits({"output": output}, {"output": expected["output"]})
+            assert_same_bits(evaluate(module, call), expected)
+
+        run_forked(compare)
+        assert_same_bits(evaluate(module, call), expected)
+
+
+def test_forked_while_another_thread_runs() -> None:
+    config = Config("gru", **SHAPES["stack"])
+    module, call = make_module(config), make_call(config)
+    expected = evaluate(module, call)
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        torch.set_num_threads(2)
+        while not stop.is_set():
+            assert_same_bits(evaluate(module, call), expected)
+
+    def compare() -> None:
+        assert_same_bits(evaluate(module, call), expected)
+
+    with threads(2), ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(keep_busy)
+        try:
+            for _ in range(5):
+                run_forked(compare)
+        finally:
+            stop.set()
+        busy.result()
+
+
+class Computed(Dataset):
+    """Items that a worker computes with our modules: inference, then a training step."""
 
     def __len__(self) -> int:
-        return 4
+        return len(CELLS)
 
-    def __getitem__(self, index: int) -> Tensor:
-        output = self.module(self.x + index)[0]
-        (grad,) = torch.autograd.grad(output.sum(), [self.module.weight_hh_l0])
-        return torch.cat([output.detach().flatten(), grad.flatten()])
+    def __getitem__(self, index: int) -> Results:
+        config = Config(CELLS[index], **SHAPES["stack"])
+        module, call = make_module(config), make_call(config)
+        with torch.inference_mode():
+            inferred = dict(enumerate(flatten(module(*call.arrange(call.leaves)))))
+        return inferred | evaluate(module, call)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_data_loader_workers(context: str) -> None:
-    torch.set_num_threads(2)
-    data = Sequences(*build("LSTM", (20, 2, 64, 96)))
-    expected = [data[i] for i in range(len(data))]
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loader(method: str) -> None:
+    dataset = Computed()
+    use_a_team()
     loader = DataLoader(
-        data, batch_size=None, num_workers=2, multiprocessing_context=context, timeout=HANG
+        dataset, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=HUNG
     )
-    assert same(list(loader), expected)
+    with threads(2):
+        for actual, index in zip(loader, range(len(dataset)), strict=True):
+            assert_same_bits(actual, dataset[index])
+
+
+# ----------------------------------------------------------------------------- many Python threads
+
+DIFFERENT = [
+    Config("lstm", **SHAPES["one_row"]),
+    Config("gru", **SHAPES["rows"]),
+    Config("rnn_tanh", **SHAPES["ragged"]),
+    Config("rnn_relu", **SHAPES["stack"]),
+    Config("gru", input_size=5, hidden_size=7, steps=1, batch=1),
+    Config("lstm", proj_size=24, **SHAPES["stack"]),
+    Config("rnn_tanh", input_size=8, hidden_size=96, batch=7, batch_first=True),
+    Config("gru", dtype=torch.float64, **SHAPES["ragged"]),
+]
+
+
+def run_at_once(
+    work: list[tuple[torch.nn.Module, Call]], repeats: int, meanwhile: Callable[[], None]
+) -> list[list[Results]]:
+    """Results of each call, repeated in a thread of its own, all threads at the same time."""
+    start = threading.Barrier(len(work))
+
+    def repeat(module: torch.nn.Module, call: Call) -> list[Results]:
+        start.wait(HUNG)
+        return [evaluate(module, call) for _ in range(repeats)]
+
+    with ThreadPoolExecutor(len(work)) as pool:
+        futures = [pool.submit(repeat, *item) for item in work]
+        while not all(future.done() for future in futures):
+            meanwhile()
+        return [future.result() for future in futures]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_different_calls_at_once(count: int) -> None:
+    """While the main thread computes something else with torch's own threads."""
+    work = [(make_module(config), make_call(config)) for config in DIFFERENT]
+    expected = [evaluate(*item) for item in work]
+    matrix = torch.randn(300, 300)
+    with threads(count):
+        for actual, alone in zip(
+            run_at_once(work, 4, lambda: matrix @ matrix), expected, strict=True
+        ):
+            for results in actual:
+                assert_same_bits(results, alone)
+
+
+def test_number_of_threads_changes_meanwhile() -> None:
+    config = Config("lstm", **SHAPES["stack"])
+    module, call = make_module(config), make_call(config)
+    expected = evaluate(module, call)
+    counts = iter(range(10**9))
+
+    def change() -> None:
+        torch.set_num_threads(1 + next(counts) % 4)
+        assert_same_bits(evaluate(module, call), expected)
+
+    with threads(2):
+        for results in run_at_once([(module, call)] * 4, 6, change):
+            for actual in results:
+                assert_same_bits(actual, expected)
+
+
+@each_cell
+def test_backward_through_one_graph_from_several_threads(cell: str) -> None:
+    config = Config(cell, **SHAPES["stack"])
+    module, call = make_module(config), make_call(config)
+    leaf = call.leaves["input"].clone().requires_grad_()
+    wanted = [leaf, *module.parameters()]
+    output, _ = module(leaf)
+    start = threading.Barrier(4)
+
+    def go_backward(scale: int) -> tuple[Tensor, ...]:
+        start.wait(HUNG)
+        cotangent = torch.full_like(output, scale)
+        return torch.autograd.grad(output, wanted, cotangent, retain_graph=True)
+
+    with threads(2), ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(go_backward, range(4)))
+    for scale, actual in enumerate(at_once):
+        cotangent = torch.full_like(output, scale)
+        alone = torch.autograd.grad(output, wanted, cotangent, retain_graph=True)
+        assert all(map(torch.equal, actual, alone))
+
+
+def release_one_graph_at_once() -> None:
+    """Three threads go backward through a graph that does not outlive the first one to finish."""
+    torch.set_num_threads(1)
+    module = rnn_ext.RNN(2, 2, num_layers=16, bidirectional=True)
+    input = torch.randn(1, 1, 2)
+    weight = module.weight_ih_l0
+    expected = torch.autograd.grad(module(input)[0].sum(), weight)[0]
+    start = threading.Barrier(3)
+
+    def go_backward(output: Tensor) -> str:
+        start.wait(HUNG)
+        try:
+            (actual,) = torch.autograd.grad(output, weight, torch.ones_like(output))
+        except RuntimeError as error:
+            return str(error).split(" (")[0]
+        assert torch.equal(actual, expected)
+        return "done"
+
+    seen = Counter()
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(1000):
+            seen.update(pool.map(go_backward, [module(input)[0]] * 3))
+    assert seen["done"] >= 1000, seen  # in every graph at least the first one
+    assert seen.keys() <= {"done", "Trying to backward through the graph a second time"}
+
+
+def test_graph_released_by_another_thread() -> None:
+    """In a process of its own: what is released too early is a crash."""
+    run_fresh(release_one_graph_at_once)

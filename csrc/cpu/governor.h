@@ -3,9 +3,9 @@
 // A team of threads is as fast as its slowest core. When calls have lost much of their time because
 // threads did not get a core (a busy neighbor, a container's quota, threads that had to be woken
 // up), the next ones run on one thread for a while. Then the work done per second is compared, and
-// whichever way was slower is tried again only after a pause that grows, to a quarter of a second
-// for the team: with a core gone for good the attempts cost some ten per cent, a core that comes
-// back is soon in use again, and where every core is shared a team may still be the better way.
+// whichever way was slower is tried again only after a pause that grows fourfold each time, to a
+// second: with a core gone for good the attempts cost a few per cent, a single disturbance costs
+// little, and where every core is shared a team may still be the better way.
 #pragma once
 
 #include <atomic>

@@ -69,7 +69,7 @@ TEST(stolen_core_costs_little_more_than_one_thread) {
 TEST(team_comes_back_with_the_core) {
   Governor governor;
   run(governor, 5000 * kMs, stolen, one_thread);
-  const Tally tally = run(governor, 2000 * kMs, healthy, one_thread);
+  const Tally tally = run(governor, 5000 * kMs, healthy, one_thread);
   CHECK(tally.mean_ms() < 1.3);
   CHECK_EQ(governor.grant(2), 2);
 }
