@@ -47,6 +47,7 @@ void Governor::one_thread_ran(double work, int64_t elapsed, int64_t now) {
     losses_ = 0;
     team_for_ = std::clamp(kPause * team_for_, kPause * alone_for_, kLongest);
     team_left_ = team_for_.load();
+    team_rate_ = team_.rate();
   }
   alone_.clear();
   team_.clear();
@@ -58,7 +59,9 @@ void Governor::team_ran(double work, int64_t elapsed, int64_t lost, int64_t now)
   team_lost_ += lost;
   if (team_.elapsed < kWindow) return;
   const bool wasteful = team_lost_ > team_.elapsed / kTolerated;
-  const bool trusted = (team_left_ -= std::min<int64_t>(team_.elapsed, team_left_)) > 0;
+  // Trust ends early when the team does much worse than when it earned it.
+  const bool trusted = (team_left_ -= std::min<int64_t>(team_.elapsed, team_left_)) > 0 &&
+                       team_.rate() > team_rate_ / 2;
   team_lost_ = 0;
   if (!wasteful || trusted) {
     team_.clear();

@@ -43,6 +43,7 @@ class Governor {
   Nanoseconds alone_left_{0}, alone_for_{0};  // what one thread is still to do, and was given
   Nanoseconds alone_until_{0};                // at the latest
   Nanoseconds team_left_{0}, team_for_{0};    // how long the team is not questioned
+  std::atomic<double> team_rate_{0};          // what it was trusted for
   Record alone_, team_;                       // of the trial, of the team's last calls
   Nanoseconds team_lost_{0};
   std::atomic<int> losses_{0};  // times in a row that the team was the slower way

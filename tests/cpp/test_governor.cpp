@@ -87,6 +87,13 @@ TEST(shared_cores_keep_the_team) {
   CHECK(tally.teams > tally.calls * 9 / 10);
 }
 
+// Trust earned beside a neighbor does not last when the core is taken altogether.
+TEST(trust_ends_when_things_get_worse) {
+  Governor governor;
+  run(governor, 10000 * kMs, team_of_halves, half_a_core);
+  CHECK(run(governor, 1000 * kMs, stolen, one_thread).mean_ms() < 1.5 * 2);
+}
+
 TEST(short_waits_are_tolerated) {
   Governor governor;
   const auto uneven = [](int) { return Call{kMs, kMs / 5}; };
