@@ -134,6 +134,26 @@ TEST(split_directions) {
   CHECK(!make_plan(in).split_directions);
 }
 
+// Whether a stack is cut into chunks depends on the shapes alone, who works on them also on the
+// threads on offer.
+TEST(wavefront) {
+  const auto stack = [](int layers, int64_t steps, int64_t hidden_size, int threads) {
+    const std::vector<PlanInput> inputs(size_t(layers),
+                                        input(steps, 1, hidden_size, hidden_size, threads));
+    return plan_wavefront(inputs.data(), layers);
+  };
+  for (int threads : {1, 2, 8}) {
+    check::Scope scope("of ", threads);
+    CHECK_EQ(stack(3, 100, 64, threads).chunk_steps, stack(3, 100, 64, 1).chunk_steps);
+    CHECK_EQ(stack(3, 100, 48, threads).threads, threads < 3 ? threads : 3);
+    CHECK_EQ(stack(1, 100, 64, threads).chunk_steps, 0);    // nothing beside it
+    CHECK_EQ(stack(3, 8, 64, threads).chunk_steps, 0);      // too few steps
+    CHECK_EQ(stack(3, 100, 1024, threads).chunk_steps, 0);  // long steps are shared
+  }
+  CHECK(stack(3, 100, 64, 1).chunk_steps > 0);
+  CHECK(stack(3, 100, 64, 1).chunk_steps < 100);
+}
+
 TEST(more_work_never_fewer_threads) {
   int before = 1;
   for (int64_t hidden_size = 8; hidden_size <= 2048; hidden_size *= 2) {
