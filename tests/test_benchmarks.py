@@ -250,6 +250,7 @@ def test_yardsticks_are_ours_in_another_setting(case, yardstick):
         assert all(parameter.grad is None for parameter in sides[yardstick].parameters)
     elif yardstick == peers.SINGLE_PRECISION:
         assert produced[0].dtype == torch.float32
+        # The same weights and inputs, not the same precision: bfloat16 has 8 bits, over all steps.
         torch.testing.assert_close(produced[0], ours[0].float(), rtol=0.1, atol=0.02)
     else:
         assert torch.equal(produced[0], ours[0][:, :, :4])  # forward; backward, on x not turned
@@ -303,6 +304,7 @@ def test_onnx_gate_order(cell):
         assert list(weights) == ["W", "R", "B"]
         sequence, h_n, c_n = onnx_operator(cell, sequence, *weights.values(), h, *(c or [None]))
     output, *states = (tensor.detach().numpy() for tensor in work())
+    # float64 on both sides: a gate in the wrong place is off by far more than roundings are.
     np.testing.assert_allclose(sequence, output, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(h_n, states[0][1], rtol=1e-12, atol=1e-14)
     if cell == "LSTM":

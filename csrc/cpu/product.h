@@ -19,7 +19,6 @@ constexpr int tile_rows(int vectors) {
   if (kVectorRegisters >= 32) return vectors == 4 ? 6 : 8;
   return vectors == 4 ? 3 : vectors == 3 ? 4 : 6;
 }
-inline constexpr int kMaxTileRows = 8;
 // K is cut into blocks, summed from zero each: a block of a panel (at most 64 KB) stays in the L2
 // cache while all row tiles pass over it, and the rounding error grows with the square root of the
 // block, not of K.
