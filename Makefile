@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CMAKE := $(BIN)/cmake
-CTEST := $(BIN)/ctest --output-on-failure --no-tests=error
+# A test that hangs is a failure, not the end of the build's time.
+CTEST := $(BIN)/ctest --output-on-failure --no-tests=error --timeout 600
 JOBS := $(shell nproc)
 
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.c')

@@ -103,30 +103,29 @@ void Team::wait(int member, uint64_t target, int64_t worked, bool admitted) {
 
 void Team::go_alone(int member, int64_t waited) {
   lost_.fetch_add(waited);
-  const int64_t before = alone_for_.load();
-  const int64_t calm = ticks() - waited - sole_until_.load();
+  const int64_t now = ticks(), before = alone_for_.load();
+  const int64_t calm = now - waited - (alone_since_.load() + before);
   const int64_t duration =
       before > 0 && calm < before ? std::min(2 * before, waited << kMaxDoublings) : waited;
   alone_for_.store(duration);
-  sole_until_.store(ticks() + duration);
+  alone_since_.store(now);
   int nobody = kNobody;
   sole_.compare_exchange_strong(nobody, member);
 }
 
-bool Team::still_alone() {
-  if (ticks() > sole_until_.load(std::memory_order_relaxed)) {
-    sole_.store(kNobody);
-    wake(admission_, members_);
-  }
-  return true;
+// Called by the sleepers too: the one that goes on alone may have left without a word.
+void Team::admit_all_when_over() {
+  const int64_t passed = ticks() - alone_since_.load(std::memory_order_relaxed);
+  // A clock that runs backwards (another core's, on a poor host) must not keep anybody out.
+  if (passed >= 0 && passed <= alone_for_.load(std::memory_order_relaxed)) return;
+  if (sole_.exchange(kNobody) != kNobody) wake(admission_, members_);
 }
 
 // The one that works is not to be disturbed: no spinning, and no waking up at every phase.
 void Team::sleep_until_admitted(int member) {
   for (;;) {
     const uint32_t seen = admission_.load();
-    const int sole = sole_.load();
-    if (sole == kNobody || sole == member) return;
+    if (admits(member)) return;
     sleep(admission_, seen);
   }
 }

@@ -51,7 +51,9 @@ class Team {
   // May this member claim jobs now?
   RNN_EXT_SHARED_INLINE bool admits(int member) {
     const int sole = sole_.load(std::memory_order_relaxed);
-    return sole == kNobody || (sole == member && still_alone());
+    if (sole == kNobody) return true;
+    admit_all_when_over();
+    return sole == member;
   }
   // Index of a claimed job in the range of `owner` (which has `size` jobs in this phase), or -1.
   int64_t claim(int owner, uint32_t phase, int64_t size);
@@ -59,7 +61,8 @@ class Team {
   // Until `target` jobs are done. `worked`: the ticks this member has just worked; `admitted`:
   // whether it was allowed to.
   void wait(int member, uint64_t target, int64_t worked, bool admitted);
-  // A member has left its last phase: nobody needs to sleep any longer.
+  // A member has left its last phase: nobody needs to sleep any longer. A team whose members leave
+  // without it goes on, only later.
   void close();
 
   // When the first member left its last phase, and how long members waited for stalled ones.
@@ -72,8 +75,8 @@ class Team {
   };
   static constexpr int kNobody = -1;
 
-  bool still_alone();  // true; but when the time is up, the others are admitted again
   void go_alone(int member, int64_t waited);
+  void admit_all_when_over();  // everybody again, when the time alone is over
   void sleep_until_admitted(int member);
 
   int members_;
@@ -82,7 +85,7 @@ class Team {
   // Read at every phase, seldom written: on a line of their own.
   alignas(64) std::atomic<int> sole_{kNobody};  // the member that goes on alone
   std::atomic<int> sleepers_{0};                // members that sleep until a job is finished
-  std::atomic<int64_t> sole_until_{0}, alone_for_{0};
+  std::atomic<int64_t> alone_since_{0}, alone_for_{0};
   std::atomic<int64_t> closed_at_{0}, lost_{0};
   // What is slept on: changes when a job is finished, when the time alone is over.
   std::atomic<uint32_t> finished_{0}, admission_{0};

@@ -200,6 +200,19 @@ TEST(closing_wakes_everybody) {
   CHECK(team.admits(0) && team.admits(1));
 }
 
+// Nor does it sleep forever when that one leaves without closing the team.
+TEST(nobody_waits_for_a_member_that_left) {
+  Team team(2);
+  std::thread owner([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    team.finish(1);
+  });
+  team.wait(0, 1, 0, true);
+  team.wait(1, 1, 0, team.admits(1));
+  owner.join();
+  while (!team.admits(1)) std::this_thread::yield();
+}
+
 // Phases go on, once each, while members stall in turn.
 TEST(stalls_lose_no_job) {
   struct Stalling {
