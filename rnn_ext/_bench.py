@@ -22,8 +22,10 @@ Mode = Literal["inference", "training", "streaming"]
 
 NUM_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
-# Seconds that a short call is repeated for before a sample begins.
-WARM_UP = 1e-3
+# Seconds that short calls are repeated for before a sample begins. A thread that wakes up may find
+# itself behind another one on the same core; schedulers have been seen to take 12 to 40 ms to notice
+# that the other core is free.
+WARM_UP = 40e-3
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,12 @@ class Timing:
         return (third - first) / self.median
 
 
-def repetitions(work: Callable[[], object], min_sample: float, clock: Callable[[], float]) -> int:
-    """How many calls make one sample of at least `min_sample` seconds. Also warms the call up."""
+def repetitions(
+    work: Callable[[], object], min_sample: float, clock: Callable[[], float]
+) -> tuple[int, float]:
+    """How many calls make one sample of at least `min_sample` seconds, and how long they take. Also
+    warms the call up.
+    """
     work()
     calls = 1
     while True:
@@ -280,7 +286,7 @@ def repetitions(work: Callable[[], object], min_sample: float, clock: Callable[[
             work()
         elapsed = clock() - start
         if elapsed >= min_sample:
-            return calls
+            return calls, elapsed
         # Aim a fifth above the target; grow at most tenfold, for a first call can be far too fast
         # or slow.
         wanted = calls * 1.2 * min_sample / max(elapsed, 1e-9)
@@ -300,17 +306,17 @@ def interleave(
     own, one pool's threads still spin when the next side's turn comes.
     """
     calls: dict[str, int] = {}
+    lasts: dict[str, float] = {}  # seconds a sample
     for name, work in sides.items():
         settle()
-        calls[name] = repetitions(work, min_sample, clock)
+        calls[name], lasts[name] = repetitions(work, min_sample, clock)
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
             settle()
-            if calls[name] > 1:
-                # The other side has just left the caches and this side's threads may be asleep: a
-                # short call must not pay for that. For a call as long as the whole sample it does
-                # not matter.
+            # The other side has just left the caches and this side's threads may be asleep: a
+            # short sample must not pay for that.
+            if lasts[name] < WARM_UP:
                 warm_up(work, clock)
             start = clock()
             for _ in range(calls[name]):
@@ -321,6 +327,5 @@ def interleave(
 
 def warm_up(work: Callable[[], object], clock: Callable[[], float]) -> None:
     start = clock()
-    work()
     while clock() - start < WARM_UP:
         work()

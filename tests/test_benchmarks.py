@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -391,6 +393,19 @@ def test_a_row_disturbed_between_the_checks_is_unhealthy(last, healthy):
     assert measured.healthy == healthy
 
 
+def test_own_threads_that_still_spin_are_not_mistaken_for_others(monkeypatch):
+    asked = []
+    monkeypatch.setattr(health, "wait_for_idle_threads", lambda: asked.append("idle"))
+
+    class Probe(FakeProbe):
+        def fma(self, *arguments, **options):
+            asked.append("cores")
+            return super().fma(*arguments, **options)
+
+    health.check_health(Probe(200e9), MACHINE)
+    assert asked == ["idle", "cores"]
+
+
 def test_a_slow_answer_is_unhealthy():
     assert health.check_health(FakeProbe(200e9), MACHINE).good(MACHINE)
     late = health.check_health(FakeProbe(200e9, handoff=1e-3), MACHINE)
@@ -461,27 +476,34 @@ def test_every_side_begins_on_a_settled_machine():
     assert "".join(log) == "|aa|bb" + 2 * "|a|b"
 
 
+def test_threads_that_spin_are_waited_for():
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            hashlib.sha256(bytes(1 << 20))  # without the interpreter's lock
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        seen = [health.running_threads() for _ in range(100)]
+        assert max(seen) >= 1
+        start = time.monotonic()
+        health.wait_for_idle_threads(longest=0.05)  # it never is
+        assert time.monotonic() - start >= 0.04
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_idle_threads_are_waited_for(monkeypatch):
-    """Some pool's threads use up all of the time for 20 ms, then fall asleep."""
-    now = types.SimpleNamespace(seconds=0.0)
-
-    def sleep(seconds: float) -> None:
-        now.seconds += seconds
-
-    monkeypatch.setattr(
-        health,
-        "time",
-        types.SimpleNamespace(
-            perf_counter=lambda: now.seconds,
-            process_time=lambda: min(now.seconds, 0.02),
-            sleep=sleep,
-        ),
-    )
-    health.wait_for_idle_threads(longest=0.2, look=2e-3)
-    assert 0.02 <= now.seconds <= 0.03
-    now.seconds = -1.0  # they never do
-    health.wait_for_idle_threads(longest=0.2, look=2e-3)
-    assert now.seconds == pytest.approx(-0.8, abs=3e-3)
+    states = [2, 1, 0]
+    naps = []
+    monkeypatch.setattr(health, "running_threads", lambda: states.pop(0))
+    monkeypatch.setattr(health.time, "sleep", naps.append)
+    health.wait_for_idle_threads(longest=1000.0)
+    assert not states
+    assert len(naps) == 2
 
 
 # roofline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 import sys
 from collections.abc import Callable
@@ -273,31 +274,35 @@ class Clock:
 
 def test_repetitions_make_a_sample_long_enough():
     clock = Clock()
-    calls = repetitions(clock.work("a", 1e-4), 5e-3, clock)
+    calls, seconds = repetitions(clock.work("a", 1e-4), 5e-3, clock)
     assert 50 <= calls <= 70
-    assert repetitions(clock.work("b", 1.0), 5e-3, clock) == 1
+    assert seconds == pytest.approx(calls * 1e-4)
+    assert repetitions(clock.work("b", 1.0), 5e-3, clock) == (1, 1.0)
 
 
 def test_repetitions_survive_a_clock_that_stands_still():
     ticks = iter([0.0, 0.0, 0.0, 1.0])
-    assert repetitions(lambda: None, 5e-3, lambda: next(ticks)) == 10
+    assert repetitions(lambda: None, 5e-3, lambda: next(ticks)) == (10, 1.0)
 
 
 def test_interleave_takes_turns():
     clock = Clock()
-    sides = {"a": clock.work("a", 2e-2), "b": clock.work("b", 1e-2)}
+    sides = {"a": clock.work("a", 8e-2), "b": clock.work("b", 5e-2)}
     timings = interleave(sides, rounds=7, min_sample=5e-3, clock=clock)
     assert "".join(clock.log) == "aabb" + 7 * "ab"  # first call and calibration, then turns
-    assert timings["a"].median == pytest.approx(2e-2)
-    assert timings["b"].median == pytest.approx(1e-2)
+    assert timings["a"].median == pytest.approx(8e-2)
+    assert timings["b"].median == pytest.approx(5e-2)
     assert len(timings["a"].samples) == 7
 
 
 def test_short_calls_are_repeated_and_warmed_up_in_each_turn():
     clock = Clock()
-    timings = interleave({"a": clock.work("a", 4e-3)}, rounds=2, min_sample=5e-3, clock=clock)
-    assert len(clock.log) == 1 + 1 + 2 + 2 * (1 + 2)  # first call, calibration with 1 and 2, turns
-    assert timings["a"].median == pytest.approx(4e-3)
+    call = 1 / 64
+    timings = interleave({"a": clock.work("a", call)}, rounds=2, min_sample=2 * call, clock=clock)
+    warming = math.ceil(WARM_UP / call)
+    # First call, calibration with 1 and 2, turns.
+    assert len(clock.log) == 1 + 1 + 2 + 2 * (warming + 2)
+    assert timings["a"].median == pytest.approx(call)
 
 
 def test_timing_statistics():
