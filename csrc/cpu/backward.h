@@ -129,18 +129,14 @@ struct BackwardPass {
     prepare(team);
     for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
       const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
-      if (plan.split_directions)
-        team.for_each_alone(shape.directions, [&](Member& alone, int64_t d) {
-          for (int64_t i = s; i < end; ++i) step(alone, {int(d), 1}, i);
-        });
-      else
-        for (int64_t i = s; i < end; ++i) step(team, {0, shape.directions}, i);
+      for_steps(team, shape, plan, s, end,
+                [&](Member& member, const Part& part, int64_t i) { step(member, part, i); });
       pack_chunk(team, s, end);
       weight_gradients(team, s, end);
       if (call.dx.data)
         for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
     }
-    step(team, {0, shape.directions}, shape.steps);  // the last product: dL/dh_0
+    step(team, Part::all(shape, plan), shape.steps);  // the last product: dL/dh_0
     team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
 
@@ -218,18 +214,20 @@ struct BackwardPass {
     return call.h_0[d] ? call.h_0[d] + b * R : nullptr;
   }
 
-  void step(Member& team, Directions which, int64_t s) const {
-    const int64_t panels = state_columns.panels();
-    const int64_t blocks = blocks_of(shape.batch, plan.row_block);
-    team.for_each(which.count * panels * blocks, [&](int64_t i) {
-      const int d = which.first + int(i / (panels * blocks));
-      state_tile(d, i / blocks % panels, s, i % blocks * plan.row_block);
-    });
+  void step(Member& team, const Part& part, int64_t s) const {
+    for_tiles(team, part, state_columns.panels(),
+              [&](int d, int64_t panel, int64_t begin) { state_tile(d, panel, s, begin); });
     if (!project || s == shape.steps) return;
-    const int64_t hiddens = hidden_columns.panels();
-    team.for_each(which.count * hiddens * blocks, [&](int64_t i) {
-      const int d = which.first + int(i / (hiddens * blocks));
-      projected_tile(d, i / blocks % hiddens, s, i % blocks * plan.row_block);
+    for_tiles(team, part, hidden_columns.panels(),
+              [&](int d, int64_t panel, int64_t begin) { projected_tile(d, panel, s, begin); });
+  }
+
+  // Calls job(direction, panel, first batch row) for the part's tiles.
+  template <class Job>
+  void for_tiles(Member& team, const Part& part, int64_t panels, Job&& job) const {
+    team.for_each(part.jobs(panels), [&](int64_t i) {
+      job(part.first_direction + int(i / (panels * part.blocks)), i / part.blocks % panels,
+          (part.first_block + i % part.blocks) * plan.row_block);
     });
   }
 

@@ -5,6 +5,7 @@
 #include "../sequence.h"
 #include "plan.h"
 #include "simd.h"
+#include "team.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 
@@ -95,12 +96,40 @@ void for_rows(const SequenceShape& shape, const StepRange& range, int64_t begin,
   }
 }
 
-// The directions that a job or phase works on: first .. first + count - 1.
-struct Directions {
-  int first, count;
+inline int64_t blocks_of(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
+
+// What the jobs of a step work on: directions, and blocks of batch rows of each.
+struct Part {
+  int first_direction, directions;
+  int64_t first_block, blocks;
+
+  static Part all(const SequenceShape& shape, const Plan& plan) {
+    return {0, shape.directions, 0, blocks_of(shape.batch, plan.row_block)};
+  }
+  // The i-th of directions * shares.
+  static Part share(const SequenceShape& shape, const Plan& plan, int64_t i) {
+    const int64_t blocks = blocks_of(shape.batch, plan.row_block), k = i % plan.shares;
+    const int64_t first = blocks * k / plan.shares, last = blocks * (k + 1) / plan.shares;
+    return {int(i / plan.shares), 1, first, last - first};
+  }
+  int64_t jobs(int64_t panels) const { return directions * panels * blocks; }
 };
 
-inline int64_t blocks_of(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
+// Takes a chunk through step(member, part, position) for its positions: shared out by the plan, or
+// every step by the whole team.
+template <class Step>
+void for_steps(Member& team, const SequenceShape& shape, const Plan& plan, int64_t begin,
+               int64_t end, Step&& step) {
+  if (plan.shares > 0) {
+    team.for_each_alone(shape.directions * plan.shares, [&](Member& alone, int64_t i) {
+      const Part part = Part::share(shape, plan, i);
+      for (int64_t s = begin; s < end; ++s) step(alone, part, s);
+    });
+  } else {
+    const Part all = Part::all(shape, plan);
+    for (int64_t s = begin; s < end; ++s) step(team, all, s);
+  }
+}
 
 template <class T>
 inline void copy_row(T* to, const T* from, int64_t n) {

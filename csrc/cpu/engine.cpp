@@ -16,18 +16,17 @@ int64_t clock_ns(clockid_t clock) {
   return int64_t(now.tv_sec) * 1'000'000'000 + now.tv_nsec;
 }
 
-// body(member) for every member of a team, with a report to the governor. `work`: the seconds that
-// the cost model expects of one thread.
+// body(member) for every member of a team, with a report to the governor, unless it is one thread
+// that does not stand in for a team. `work`: the seconds that the cost model expects of one thread.
 template <class Body>
-void run_team(int members, double work, Runner runner, const Body& body) {
+void run_team(int members, bool stands_in, double work, Runner runner, const Body& body) {
   Team team(members);
   if (team.members() == 1) {
     Member alone(team, 0);
-    const bool report = governor().on_trial();
-    const int64_t start = report ? clock_ns(CLOCK_MONOTONIC) : 0;
+    const int64_t start = stands_in ? clock_ns(CLOCK_MONOTONIC) : 0;
     body(alone);
-    const int64_t now = report ? clock_ns(CLOCK_MONOTONIC) : 0;
-    if (report) governor().one_thread_ran(work, now - start, now);
+    const int64_t now = stands_in ? clock_ns(CLOCK_MONOTONIC) : 0;
+    if (stands_in) governor().one_thread_ran(work, now - start, now);
     return;
   }
   struct Context {
@@ -109,13 +108,13 @@ size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan) {
 template <class T>
 void run(const ForwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
   const auto kernel = kernels_for(call, plan).forward;
-  run_team(plan.threads, work_of(plan, call.shape), runner,
+  run_team(plan.threads, plan.stands_in, work_of(plan, call.shape), runner,
            [&](Member& member) { kernel(call, plan, workspace, member); });
 }
 template <class T>
 void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
   const auto kernel = kernels_for(call, plan).backward;
-  run_team(plan.threads, work_of(plan, call.shape), runner,
+  run_team(plan.threads, plan.stands_in, work_of(plan, call.shape), runner,
            [&](Member& member) { kernel(call, plan, workspace, member); });
 }
 
@@ -133,7 +132,7 @@ void run_stack(const ForwardCall<T>* calls, const Plan* plans, void* const* work
   double work = 0;
   for (int layer = 0; layer < count; ++layer) work += work_of(plans[layer], calls[layer].shape);
   const int64_t chunks = (calls[0].shape.steps + wave.chunk_steps - 1) / wave.chunk_steps;
-  run_team(wave.threads, work, runner, [&](Member& member) {
+  run_team(wave.threads, false, work, runner, [&](Member& member) {
     for (int64_t i = 0; i < chunks + count - 1; ++i)
       member.for_each_alone(count, [&](Member& alone, int64_t layer) {
         const int64_t chunk = i - layer;

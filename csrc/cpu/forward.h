@@ -162,12 +162,8 @@ struct ForwardPass {
     const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
     if (s == 0) prepare(team);
     project_input(team, s, end);
-    if (plan.split_directions)
-      team.for_each_alone(shape.directions, [&](Member& alone, int64_t d) {
-        for (int64_t i = s; i < end; ++i) step(alone, {int(d), 1}, i, s, end);
-      });
-    else
-      for (int64_t i = s; i < end; ++i) step(team, {0, shape.directions}, i, s, end);
+    for_steps(team, shape, plan, s, end,
+              [&](Member& member, const Part& part, int64_t i) { step(member, part, i, s, end); });
     if (end == shape.steps) team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
 
@@ -279,29 +275,28 @@ struct ForwardPass {
     return begin + kMaxRowBlock < range.rows ? begin + kMaxRowBlock : range.rows;
   }
 
-  // Calls job(direction, panel, t, first batch row, rows) for all tiles of position s.
+  // Calls job(direction, panel, t, first batch row, rows) for the part's tiles of position s.
   template <class Job>
-  void for_tiles(Member& team, Directions which, int64_t s, int64_t panels, Job&& job) const {
-    const int64_t blocks = blocks_of(shape.batch, plan.row_block);
-    team.for_each(which.count * panels * blocks, [&](int64_t i) {
-      const int d = which.first + int(i / (panels * blocks));
+  void for_tiles(Member& team, const Part& part, int64_t s, int64_t panels, Job&& job) const {
+    team.for_each(part.jobs(panels), [&](int64_t i) {
+      const int d = part.first_direction + int(i / (panels * part.blocks));
       const int64_t t = step_at(shape, d == 1, s);
-      const int64_t begin = i % blocks * plan.row_block;
+      const int64_t begin = (part.first_block + i % part.blocks) * plan.row_block;
       int64_t rows = shape.active(t) - begin;
       if (rows > plan.row_block) rows = plan.row_block;
-      if (rows > 0) job(d, i / blocks % panels, t, begin, rows);
+      if (rows > 0) job(d, i / part.blocks % panels, t, begin, rows);
     });
   }
 
-  void step(Member& team, Directions which, int64_t s, int64_t chunk_begin,
+  void step(Member& team, const Part& part, int64_t s, int64_t chunk_begin,
             int64_t chunk_end) const {
-    for_tiles(team, which, s, columns.panels(),
+    for_tiles(team, part, s, columns.panels(),
               [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
                 const StepRange range = range_at(shape, d == 1, chunk_begin, chunk_end);
                 gate_tile(d, panel, s, t, begin, rows, shape.first_row(t) - range.base);
               });
     if (shape.proj_size > 0)
-      for_tiles(team, which, s, projection_columns.panels(),
+      for_tiles(team, part, s, projection_columns.panels(),
                 [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
                   projection_tile(d, panel, s, t, begin, rows);
                 });

@@ -63,7 +63,12 @@ void Governor::team_ran(double work, int64_t elapsed, int64_t lost, int64_t now)
   const bool trusted = (team_left_ -= std::min<int64_t>(team_.elapsed, team_left_)) > 0 &&
                        team_.rate() > team_rate_ / 2;
   team_lost_ = 0;
-  if (!wasteful || trusted) {
+  if (!wasteful) losses_ = 0;
+  // Once is not enough: a thread that wakes up may have to wait for some slices until the scheduler
+  // sees that another core is free. A team that has been found wanting gets no second chance.
+  const bool again = losses_ > 0 || suspected_;
+  suspected_ = wasteful;
+  if (!wasteful || trusted || !again) {
     team_.clear();
     return;
   }

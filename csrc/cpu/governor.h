@@ -2,10 +2,11 @@
 //
 // A team of threads is as fast as its slowest core. When calls have lost much of their time because
 // threads did not get a core (a busy neighbor, a container's quota, threads that had to be woken
-// up), the next ones run on one thread for a while. Then the work done per second is compared, and
-// whichever way was slower is tried again only after a pause that grows fourfold each time, to a
-// second: with a core gone for good the attempts cost a few per cent, a single disturbance costs
-// little, and where every core is shared a team may still be the better way.
+// up), and not just once, the next ones run on one thread for a while. Then the work done per
+// second is compared, and whichever way was slower is tried again only after a pause that grows
+// fourfold each time, to a second: with a core gone for good the attempts cost a few per cent, a
+// single disturbance costs little, and where every core is shared a team may still be the better
+// way.
 #pragma once
 
 #include <atomic>
@@ -46,7 +47,8 @@ class Governor {
   std::atomic<double> team_rate_{0};          // what it was trusted for
   Record alone_, team_;                       // of the trial, of the team's last calls
   Nanoseconds team_lost_{0};
-  std::atomic<int> losses_{0};  // times in a row that the team was the slower way
+  std::atomic<int> losses_{0};          // times in a row that the team was the slower way
+  std::atomic<bool> suspected_{false};  // has it lost much of its time lately?
 };
 
 // The one of this process.

@@ -18,6 +18,8 @@ constexpr int64_t kLongRow = 256;  // not tuned: see docs/performance.md
 // Rows for which dot products on unpacked weights cost as much as packing them saves.
 constexpr int64_t kRowsThatPayForPacking = 40;
 constexpr int64_t kBackwardChunkRows = 256;
+// At least: with 8, every member reading all of W_hh cost more than the waits it saved.
+constexpr int64_t kRowsOfAShare = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,8 +31,12 @@ Plan make_plan(const PlanInput& input) {
   const int64_t steps = std::max<int64_t>(s.steps, 1), batch = std::max<int64_t>(s.batch, 1);
   Plan plan;
 
-  const int64_t blocks = ceil_div(batch, kMaxRowBlock);
-  plan.row_block = std::min(kMaxRowBlock, ceil_div(ceil_div(batch, blocks), 12) * 12);
+  // An even number of blocks, where each has rows enough to reuse what it reads of the weights:
+  // they are also what the batch is shared out in.
+  int64_t blocks = ceil_div(batch, kMaxRowBlock);
+  if (batch >= 2 * kRowsOfAShare) blocks += blocks % 2;
+  plan.row_block = std::min(kMaxRowBlock, ceil_div(ceil_div(batch, blocks), 4) * 4);
+  blocks = ceil_div(batch, plan.row_block);
 
   // Packing costs as much as a handful of rows of the product; what it saves is a part of each row,
   // the larger the shorter the rows of the weights are (a horizontal sum ends each of them).
@@ -78,14 +84,24 @@ Plan make_plan(const PlanInput& input) {
       plan.reason = "hidden units and batch rows of a step shared by the team";
     }
   }
-  if (s.directions == 2 && input.max_threads >= 2 && bytes / 2 <= kOwnCacheBytes &&
-      kTeamStartSeconds + alone / 2 < std::min(best, 0.85 * alone)) {
-    plan.threads = 2;
-    plan.split_directions = true;
-    plan.reason = "one direction each";
+  // Shared out for a whole chunk: a direction each, or a part of the batch.
+  const int64_t chunks = ceil_div(steps, plan.chunk_steps);
+  for (int64_t shares = 1; shares <= (batch >= 2 * kRowsOfAShare ? blocks : 1); ++shares) {
+    const int64_t parts = s.directions * shares;
+    if (parts < 2 || parts > input.max_threads) continue;
+    // Every part reads all weights of its direction at every step.
+    if (batch / shares < kRowsOfAShare && bytes / s.directions > kOwnCacheBytes) continue;
+    const double share = double(ceil_div(blocks, shares)) / double(s.directions * blocks);
+    const double apart = kTeamStartSeconds + alone * share + kBarrierSeconds * chunks;
+    if (apart < best && apart < 0.85 * alone) {
+      best = apart;
+      plan.threads = int(parts);
+      plan.shares = shares;
+      plan.reason = shares == 1 ? "one direction each" : "a part of the batch each";
+    }
   }
   if (input.max_threads <= 1) plan.reason = "one thread: no more on offer";
-  plan.total_seconds = plan.split_directions ? kTeamStartSeconds + alone / 2 : best;
+  plan.total_seconds = best;
   return plan;
 }
 

@@ -19,8 +19,11 @@ struct Plan {
   bool packed_recurrent = true;
   int64_t chunk_steps = 1;  // steps whose input projection (weight gradient) is done at once
   int64_t row_block = 1;    // batch rows of one job
-  // Does one member take a direction through all steps of a chunk? Then nobody waits at every step.
-  bool split_directions = false;
+  // Into how many parts the batch of each direction is shared out, whose members go through all
+  // steps of a chunk without waiting for each other. 0: every step is shared by the whole team.
+  int64_t shares = 0;
+  // Is this one thread where there would be a team, had the governor not held it back?
+  bool stands_in = false;
   double step_seconds = 0;   // predicted, of one thread
   double total_seconds = 0;  // predicted, of the team
   const char* reason = "";

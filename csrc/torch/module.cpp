@@ -106,7 +106,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   info["packed_recurrent"] = p.packed_recurrent;
   info["chunk_steps"] = p.chunk_steps;
   info["row_block"] = p.row_block;
-  info["split_directions"] = p.split_directions;
+  info["shares"] = p.shares;
   info["predicted_step_us"] = p.step_seconds * 1e6;
   info["reason"] = p.reason;
   return info;

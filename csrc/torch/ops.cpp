@@ -31,9 +31,21 @@ std::atomic<bool> g_forked{false};
 [[maybe_unused]] const int g_watching_forks =
     pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
 
-int max_threads() {
-  if (at::in_parallel_region() || g_forked.load(std::memory_order_relaxed)) return 1;
-  return governor().grant(at::get_num_threads());
+struct Threads {
+  int offered, granted;
+};
+Threads threads_of_call() {
+  if (at::in_parallel_region() || g_forked.load(std::memory_order_relaxed)) return {1, 1};
+  const int offered = at::get_num_threads();
+  return {offered, governor().grant(offered)};
+}
+
+template <class T>
+Plan plan_on(Threads threads, const SequenceShape& shape, bool backward, bool bf16_products) {
+  Plan plan = plan_call<T>(shape, backward, threads.granted, bf16_products);
+  plan.stands_in = threads.granted < threads.offered && plan.threads == 1 &&
+                   plan_call<T>(shape, backward, threads.offered, bf16_products).threads > 1;
+  return plan;
 }
 
 // Does this call round what its products read to bfloat16? Models of that type do; for float32 it
@@ -161,8 +173,8 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
       for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i)
         inner[i] = at::empty({p.layer_output_size()}, wide);
     const T* layer_input = nullptr;
-    const int threads = max_threads();
-    const Wavefront wave = wavefront_of<T>(p, dtype, threads);
+    const Threads threads = threads_of_call();
+    const Wavefront wave = wavefront_of<T>(p, dtype, threads.granted);
     std::vector<ForwardCall<T>> waiting;
     for (int64_t layer = 0; layer < o.num_layers; ++layer) {
       const bool last = layer == o.num_layers - 1;
@@ -192,7 +204,7 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
         waiting.push_back(call);
         continue;
       }
-      Plan plan = plan_call<T>(call.shape, false, threads, call.bf16_products);
+      Plan plan = plan_on<T>(threads, call.shape, false, call.bf16_products);
       if (wave.chunk_steps > 0) plan.chunk_steps = wave.chunk_steps;
       run_call(call, plan);
       if (!last && o.drops()) {
@@ -329,7 +341,7 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
                            dh_0 ? dh_0 + slot * B * R : nullptr,
                            dc_0 ? dc_0 + slot * B * H : nullptr};
     }
-    run_call(call, plan_call<T>(call.shape, true, max_threads(), call.bf16_products));
+    run_call(call, plan_on<T>(threads_of_call(), call.shape, true, call.bf16_products));
     if (layer > 0 && below) {
       if (o.drops())
         to_below.mul_(reserve.narrow(0, p.mask_offset(layer - 1), p.layer_output_size()));

@@ -97,7 +97,7 @@ struct Setting {
   bool training = true;  // keep the reserve
   Rounding rounding = Rounding::kNone;
   bool bf16_products = false;
-  bool split_directions = false;
+  int64_t shares = 0;
 };
 
 template <class T>
@@ -183,7 +183,7 @@ void run_call(const Call& call, bool backward, const Setting& setting) {
   Plan plan = plan_call<T>(call.shape, backward, 1, setting.bf16_products);
   plan.threads = setting.threads;
   if (setting.chunk_steps) plan.chunk_steps = setting.chunk_steps;
-  plan.split_directions = setting.split_directions && call.shape.directions == 2;
+  plan.shares = setting.shares;
   if (setting.row_block) plan.row_block = setting.row_block;
   if (setting.packed_weights >= 0) plan.packed_weights = setting.packed_weights != 0;
   if (setting.packed_recurrent >= 0) plan.packed_recurrent = setting.packed_recurrent != 0;

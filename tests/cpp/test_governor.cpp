@@ -37,7 +37,7 @@ Tally run(Governor& governor, int64_t duration, Team&& team, Alone&& alone) {
     } else {
       const Call call = alone(tally.calls);
       tally.elapsed += call.elapsed;
-      if (governor.on_trial()) governor.one_thread_ran(kWork, call.elapsed, tally.elapsed);
+      governor.one_thread_ran(kWork, call.elapsed, tally.elapsed);
     }
     ++tally.calls;
   }
@@ -79,6 +79,16 @@ TEST(one_stall_is_soon_forgotten) {
   run(governor, 1000 * kMs, healthy, one_thread);
   const auto once = [](int i) { return i == 0 ? Call{9 * kMs, 8 * kMs} : Call{kMs}; };
   CHECK(run(governor, 1000 * kMs, once, one_thread).mean_ms() < 1.1);
+}
+
+// After each pause of the caller the team's first call is a slow one: two threads on one core.
+TEST(slow_starts_do_not_add_up) {
+  Governor governor;
+  const auto start = [](int i) { return i == 0 ? Call{20 * kMs, 18 * kMs} : Call{kMs}; };
+  for (int i = 0; i < 10; ++i) {
+    const Tally tally = run(governor, 200 * kMs, start, one_thread);
+    CHECK_EQ(tally.teams, tally.calls);
+  }
 }
 
 TEST(shared_cores_keep_the_team) {

@@ -117,21 +117,41 @@ TEST(large_steps_use_all_threads) {
 
 // Two directions of short steps: one each. Not where a core's cache is too small for one's weights,
 // and not without a second thread.
-TEST(split_directions) {
+TEST(a_direction_each) {
   PlanInput in = input(100, 1, 64, 64, 2);
   in.shape.directions = 2;
-  CHECK(make_plan(in).split_directions);
+  CHECK_EQ(make_plan(in).shares, 1);
   CHECK_EQ(make_plan(in).threads, 2);
   in.backward = true;
-  CHECK(make_plan(in).split_directions);
+  CHECK_EQ(make_plan(in).shares, 1);
   in.max_threads = 1;
-  CHECK(!make_plan(in).split_directions);
+  CHECK_EQ(make_plan(in).shares, 0);
   in.max_threads = 2;
   in.shape.hidden_size = 1024;
-  CHECK(!make_plan(in).split_directions);
+  CHECK_EQ(make_plan(in).shares, 0);
   in.shape.directions = 1;
   in.shape.hidden_size = 64;
-  CHECK(!make_plan(in).split_directions);
+  CHECK_EQ(make_plan(in).shares, 0);
+}
+
+// A part of the batch each, where each has rows enough.
+TEST(a_part_of_the_batch_each) {
+  for (bool backward : {false, true}) {
+    for (int64_t batch : {32, 64, 100, 128}) {
+      check::Scope scope("batch ", batch, backward ? ", backward" : ", forward");
+      PlanInput in = input(50, batch, 256, 256, 2);
+      in.backward = backward;
+      const Plan plan = make_plan(in);
+      CHECK_EQ(plan.threads, 2);
+      CHECK_EQ(plan.shares, 2);
+      CHECK((batch + plan.row_block - 1) / plan.row_block % 2 == 0);  // and as many each
+      in.shape.directions = 2;
+      CHECK_EQ(make_plan(in).shares, 1);
+    }
+    PlanInput in = input(50, 16, 256, 256, 2);
+    in.backward = backward;
+    CHECK_EQ(make_plan(in).shares, 0);
+  }
 }
 
 // Whether a stack is cut into chunks depends on the shapes alone, who works on them also on the

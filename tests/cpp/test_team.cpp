@@ -252,12 +252,11 @@ void check_same_bits(CellKind cell, const Sizes& sizes, Setting setting) {
   check_run();  // a second time with one thread
   for (const NamedRunner& runner : kRunners) {
     for (int threads : {2, 3, 8}) {
-      for (bool split : {false, true}) {
-        if (split && sizes.D == 1) continue;
-        check::Scope scope(runner.name, split ? ", a direction each, " : ", ", "threads ", threads);
+      for (int64_t shares : {0, 1, 2, 3}) {
+        check::Scope scope(runner.name, ", shares ", shares, ", threads ", threads);
         setting.threads = threads;
         setting.runner = runner.run;
-        setting.split_directions = split;
+        setting.shares = shares;
         check_run();
       }
     }
