@@ -107,18 +107,20 @@ struct BackwardPass {
     }
     const size_t mark = arena.mark();
     for (int d = 0; d < shape.directions; ++d) {
-      const auto set_up = [&](WeightGradient& gradient, T* out, int64_t m, Columns<T> n) {
+      const auto set_up = [&](WeightGradient& gradient, T* out, int64_t m, Columns<T> n,
+                              Element* left = nullptr) {
         gradient.out = out;
         gradient.m = m;
         gradient.n = n;
-        const int64_t depth = elements<P>(rows);
-        gradient.left = take_elements(blocks_of(m, kMaxRowBlock) * kMaxRowBlock * depth, out);
+        const int64_t depth = elements<P>(rows), blocks = blocks_of(m, kMaxRowBlock);
+        gradient.left = left ? left : take_elements(blocks * kMaxRowBlock * depth, out);
         gradient.right = take_elements(n.size(depth), out);
       };
+      Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
-      set_up(directions[d].ih, g.w_ih, gate_rows, input_columns);
-      set_up(directions[d].hh, g.w_hh, gate_rows, state_columns);
-      set_up(directions[d].hr, g.w_hr, shape.proj_size, hidden_columns);
+      set_up(w.ih, g.w_ih, gate_rows, input_columns);
+      set_up(w.hh, g.w_hh, gate_rows, state_columns, Cell::kSplitsGradient ? nullptr : w.ih.left);
+      set_up(w.hr, g.w_hr, shape.proj_size, hidden_columns);
     }
     arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
     if (call.dx.data) w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
@@ -381,16 +383,16 @@ struct BackwardPass {
       switch (kind) {
         case 0: {
           const bool both = !Cell::kSplitsGradient;
-          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.ih.left, both ? w.hh.left : nullptr,
-                    gate_rows);
+          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i,
+                    both && !w.ih.left ? w.hh.left : w.ih.left, gate_rows);
           return sum_rows(w.dgx[slot(s)], range.rows, i, s == 0, g.b_ih, both ? g.b_hh : nullptr);
         }
         case 1:
           if (!Cell::kSplitsGradient) return;
-          pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, nullptr, gate_rows);
+          pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, gate_rows);
           return sum_rows(w.dgh[slot(s)], range.rows, i, s == 0, g.b_hh, nullptr);
         case 2:
-          return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left, nullptr,
+          return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left,
                            shape.proj_size);
         case 3:
           return pack_right(range, i, w.ih,
@@ -406,16 +408,14 @@ struct BackwardPass {
     });
   }
 
-  static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, Element* to,
-                        Element* also, int64_t m) {
+  static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, Element* blocks,
+                        int64_t m) {
+    if (!blocks) return;
     constexpr int kVectors = int(kMaxRowBlock) / kLanes<T>;
     const int64_t first = block * kMaxRowBlock;
-    for (Element* blocks : {to, also}) {
-      if (!blocks) continue;
-      Element* out = blocks + first * elements<P>(rows);
-      for (int64_t r = 0; r < rows; ++r)
-        pack_row<P>(from + r * ld + first, m - first, kVectors, r, out);
-    }
+    Element* out = blocks + first * elements<P>(rows);
+    for (int64_t r = 0; r < rows; ++r)
+      pack_row<P>(from + r * ld + first, m - first, kVectors, r, out);
   }
 
   void sum_rows(const T* from, int64_t rows, int64_t block, bool first_chunk, T* bias,

@@ -18,6 +18,9 @@ constexpr int64_t kLongRow = 256;  // not tuned: see docs/performance.md
 // Rows for which dot products on unpacked weights cost as much as packing them saves.
 constexpr int64_t kRowsThatPayForPacking = 40;
 constexpr int64_t kBackwardChunkRows = 256;
+// Weight gradients beyond the last level of cache are written and read again for every chunk: fewer
+// and larger ones then.
+constexpr int64_t kLargeGradients = 24 << 20;
 // At least: with 8, every member reading all of W_hh cost more than the waits it saved.
 constexpr int64_t kRowsOfAShare = 16;
 
@@ -52,7 +55,10 @@ Plan make_plan(const PlanInput& input) {
 
   const int64_t row_bytes = gates * padded(s.hidden_size) * input.element_bytes;
   if (input.backward)
-    plan.chunk_steps = ceil_div(kBackwardChunkRows, batch);
+    plan.chunk_steps = ceil_div(row_bytes * (s.input_size + s.state_size()) > kLargeGradients
+                                    ? 2 * kBackwardChunkRows
+                                    : kBackwardChunkRows,
+                                batch);
   else
     plan.chunk_steps = kForwardChunkBytes / std::max<int64_t>(row_bytes * batch, 1);
   plan.chunk_steps = std::clamp<int64_t>(plan.chunk_steps, 1, steps);

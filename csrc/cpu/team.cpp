@@ -17,6 +17,8 @@ namespace {
 
 // Spins before a member sleeps: tens of microseconds. A healthy member is at most one job away.
 constexpr int kSpins = 4000;
+// Before a member looks for somebody to help: below a microsecond.
+constexpr int kGraceSpins = 16;
 // A wait is a stall if it is this many times as long as the spins and the member's own work in the
 // phase: jobs of a phase are alike.
 constexpr int kStallFactor = 2;
@@ -71,6 +73,14 @@ void Team::finish(uint64_t jobs) {
   // Sequentially consistent, as in wait(): either the sleeper sees these jobs or we see it.
   done_.value.fetch_add(jobs);
   if (sleepers_.load() > 0) wake(finished_, members_);
+}
+
+bool Team::done_soon(uint64_t target) {
+  for (int i = 0; i < kGraceSpins; ++i) {
+    if (done_.value.load(std::memory_order_acquire) >= target) return true;
+    relax();
+  }
+  return false;
 }
 
 void Team::close() {

@@ -58,6 +58,7 @@ class Team {
   // Index of a claimed job in the range of `owner` (which has `size` jobs in this phase), or -1.
   int64_t claim(int owner, uint32_t phase, int64_t size);
   void finish(uint64_t jobs);
+  bool done_soon(uint64_t target);  // waits for a moment
   // Until `target` jobs are done. `worked`: the ticks this member has just worked; `admitted`:
   // whether it was allowed to.
   void wait(int member, uint64_t target, int64_t worked, bool admitted);
@@ -111,30 +112,37 @@ class Member {
   template <class Job>
   void for_each(int64_t jobs, Job&& job) {
     const int members = team_.members();
+    ++phase_;
     if (members == 1) {
-      for (int64_t i = 0; i < jobs; ++i) job(i);
+      for (int64_t i = 0; i < jobs; ++i) job(in_turn(0, jobs, i));
       return;
     }
-    ++phase_;
     target_ += uint64_t(jobs);
     const int64_t start = ticks();
     const bool admitted = team_.admits(id_);
-    uint64_t mine = 0;
     for (int k = 0; admitted && k < members; ++k) {
       const int owner = (id_ + k) % members;
       const int64_t begin = jobs * owner / members, end = jobs * (owner + 1) / members;
+      uint64_t mine = 0;
       for (;;) {
         const int64_t i = team_.claim(owner, phase_, end - begin);
         if (i < 0) break;
-        job(begin + i);
+        job(in_turn(begin, end, i));
         ++mine;
       }
+      if (mine) team_.finish(mine);
+      // Who is about to finish needs no help: looking at a ticket takes it from its owner's cache.
+      if (k == 0 && mine && team_.done_soon(target_)) return;
     }
-    if (mine) team_.finish(mine);
     team_.wait(id_, target_, ticks() - start, admitted);
   }
 
  private:
+  // Every other phase runs backwards: it begins with what the last one has left in the cache.
+  int64_t in_turn(int64_t begin, int64_t end, int64_t i) const {
+    return phase_ & 1 ? begin + i : end - 1 - i;
+  }
+
   Team& team_;
   int id_;
   uint32_t phase_ = 0;
