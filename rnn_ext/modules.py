@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from rnn_ext import _C
 from rnn_ext import functional as F
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -64,9 +66,21 @@ class _Recurrent(nn.RNNBase):
             ValueError: input of wrong rank or of another dtype than the weights.
             RuntimeError: sizes or devices that do not fit.
         """
+        weights = self._weights()
+        if not torch.compiler.is_compiling():
+            try:
+                result = _C.module_forward(
+                    input, hx, weights, _MODES[self.mode],
+                    self.bias, self.num_layers, self.bidirectional, self.batch_first,
+                    self.dropout, self.training,
+                )  # fmt: skip
+            except RuntimeError:  # NotImplementedError is one
+                pass  # the long way knows what torch.nn would do
+            else:
+                if result is not NotImplemented:
+                    return result
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        weights = self._weights()
         if not (_is_covered(input) and _is_covered(weights[0])):
             return self._torch_forward(input, hx)
         dim = input.dim()

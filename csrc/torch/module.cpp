@@ -117,60 +117,123 @@ std::optional<at::Tensor> optional_tensor(PyObject* object) {
   return THPVariable_Unpack(object);
 }
 
-// recurrent(input, batch_sizes, h_0, c_0, params, cell, has_biases, num_layers, bidirectional,
-// batch_first, dropout, training) -> (output, h_n, c_n): torch.ops.rnn_ext.recurrent without the
-// conversion of every argument to and from a boxed value, which takes longer than a small step.
-// Returns NotImplemented where that conversion is the point: under a tracer, a function mode, or
-// with an argument that is not a tensor where one belongs.
-PyObject* recurrent(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  constexpr Py_ssize_t kCount = 12;
-  TORCH_CHECK_TYPE(count == kCount, "recurrent takes ", kCount, " arguments, got ", count);
-  PyObject* const list = args[4];
-  bool direct = !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing() &&
-                THPVariable_Check(args[0]) && PyList_Check(list);
-  for (int i = 1; i < 4; ++i) direct = direct && (args[i] == Py_None || THPVariable_Check(args[i]));
-  const Py_ssize_t length = direct ? PyList_GET_SIZE(list) : 0;
-  for (Py_ssize_t i = 0; i < length; ++i)
-    direct = direct && THPVariable_Check(PyList_GET_ITEM(list, i));
-  if (!direct) Py_RETURN_NOTIMPLEMENTED;
+// Is somebody to see the call who looks at Python objects or at the boxed operator?
+bool is_watched() {
+  return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing();
+}
 
+using Tensors = c10::SmallVector<at::Tensor, 16>;
+
+// False if the list holds anything but tensors.
+bool unpack_list(PyObject* list, Tensors& tensors) {
+  if (!PyList_Check(list)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    PyObject* const item = PyList_GET_ITEM(list, i);
+    if (!THPVariable_Check(item)) return false;
+    tensors.push_back(THPVariable_Unpack(item));
+  }
+  return true;
+}
+
+constexpr Py_ssize_t kNumOptions = 7;
+
+// cell, has_biases, num_layers, bidirectional, batch_first, dropout, training
+Options unpack_options(PyObject* const* args) {
   constexpr std::array<std::pair<int, const char*>, 4> kFlags = {
-      {{6, "has_biases"}, {8, "bidirectional"}, {9, "batch_first"}, {11, "training"}}};
+      {{1, "has_biases"}, {3, "bidirectional"}, {4, "batch_first"}, {6, "training"}}};
   for (const auto& [i, name] : kFlags)
     TORCH_CHECK_TYPE(PyBool_Check(args[i]), "recurrent: ", name, " must be bool, not ",
                      Py_TYPE(args[i])->tp_name);
-  c10::SmallVector<at::Tensor, 16> params;
-  for (Py_ssize_t i = 0; i < length; ++i)
-    params.push_back(THPVariable_Unpack(PyList_GET_ITEM(list, i)));
-  const Options options{CellKind(THPUtils_unpackLong(args[5])),
-                        args[6] == Py_True,
-                        THPUtils_unpackLong(args[7]),
-                        args[8] == Py_True,
-                        args[9] == Py_True,
-                        THPUtils_unpackDouble(args[10]),
-                        args[11] == Py_True};
+  return {CellKind(THPUtils_unpackLong(args[0])),
+          args[1] == Py_True,
+          THPUtils_unpackLong(args[2]),
+          args[3] == Py_True,
+          args[4] == Py_True,
+          THPUtils_unpackDouble(args[5]),
+          args[6] == Py_True};
+}
+
+ForwardResult call_without_gil(const Inputs& inputs, const Options& options) {
+  pybind11::gil_scoped_release no_gil;
+  return call_recurrent(inputs, options, false);
+}
+
+PyObject* tuple_of(std::initializer_list<PyObject*> items) {  // takes the references
+  THPObjectPtr tuple(PyTuple_New(Py_ssize_t(items.size())));
+  if (!tuple) throw python_error();
+  Py_ssize_t i = 0;
+  for (PyObject* item : items) PyTuple_SET_ITEM(tuple.get(), i++, item);
+  return tuple.release();
+}
+
+// recurrent(input, batch_sizes, h_0, c_0, params, *options) -> (output, h_n, c_n):
+// torch.ops.rnn_ext.recurrent without the conversion of every argument to and from a boxed value,
+// which takes longer than a small step. Returns NotImplemented where that conversion is the point:
+// under a tracer, a function mode, or with an argument that is not a tensor where one belongs.
+PyObject* recurrent(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  constexpr Py_ssize_t kCount = 5 + kNumOptions;
+  TORCH_CHECK_TYPE(count == kCount, "recurrent takes ", kCount, " arguments, got ", count);
+  bool direct = !is_watched() && THPVariable_Check(args[0]);
+  for (int i = 1; i < 4; ++i) direct = direct && (args[i] == Py_None || THPVariable_Check(args[i]));
+  Tensors params;
+  if (!direct || !unpack_list(args[4], params)) Py_RETURN_NOTIMPLEMENTED;
+  const Options options = unpack_options(args + 5);
   const Inputs inputs{THPVariable_Unpack(args[0]), optional_tensor(args[1]),
                       optional_tensor(args[2]), optional_tensor(args[3]), params};
-  ForwardResult result;
-  {
-    pybind11::gil_scoped_release no_gil;
-    result = call_recurrent(inputs, options, false);
-  }
-  THPObjectPtr tuple(PyTuple_New(3));
-  if (!tuple) throw python_error();
-  PyTuple_SET_ITEM(tuple.get(), 0, THPVariable_Wrap(std::move(std::get<0>(result))));
-  PyTuple_SET_ITEM(tuple.get(), 1, THPVariable_Wrap(std::move(std::get<1>(result))));
-  PyTuple_SET_ITEM(tuple.get(), 2, THPVariable_Wrap(std::move(std::get<2>(result))));
-  return tuple.release();
+  auto [output, h_n, c_n, reserve] = call_without_gil(inputs, options);
+  return tuple_of({THPVariable_Wrap(std::move(output)), THPVariable_Wrap(std::move(h_n)),
+                   THPVariable_Wrap(std::move(c_n))});
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef recurrent_method = {
-    "recurrent", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recurrent)),
-    METH_FASTCALL,
-    "torch.ops.rnn_ext.recurrent by the short way; NotImplemented "
-    "where only the long way will do."};
+bool is_plain(PyObject* object) {
+  return THPVariable_CheckExact(object) && THPVariable_Unpack(object).is_cpu();
+}
+bool is_plain_state(PyObject* object) {
+  return is_plain(object) && THPVariable_Unpack(object).dim() == 3;
+}
+
+// module_forward(input, hx, params, *options): what a module returns, (output, h_n) or
+// (output, (h_n, c_n)), for the usual arguments: plain tensors on the CPU, a batched sequence.
+// NotImplemented for all others. A step of a small layer takes as long as a few lines of Python.
+PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  constexpr Py_ssize_t kCount = 3 + kNumOptions;
+  TORCH_CHECK_TYPE(count == kCount, "module_forward takes ", kCount, " arguments, got ", count);
+  Tensors params;
+  if (is_watched() || !is_plain_state(args[0]) || !unpack_list(args[2], params) || params.empty() ||
+      !is_plain(PyList_GET_ITEM(args[2], 0)))
+    Py_RETURN_NOTIMPLEMENTED;
+  const Options options = unpack_options(args + 3);
+  PyObject *h_0 = args[1], *c_0 = Py_None;
+  if (h_0 != Py_None && options.is_lstm()) {
+    if (!PyTuple_CheckExact(h_0) || PyTuple_GET_SIZE(h_0) != 2) Py_RETURN_NOTIMPLEMENTED;
+    c_0 = PyTuple_GET_ITEM(args[1], 1);
+    h_0 = PyTuple_GET_ITEM(args[1], 0);
+    if (!is_plain_state(c_0)) Py_RETURN_NOTIMPLEMENTED;
+  }
+  if (h_0 != Py_None && !is_plain_state(h_0)) Py_RETURN_NOTIMPLEMENTED;
+  const Inputs inputs{THPVariable_Unpack(args[0]), std::nullopt, optional_tensor(h_0),
+                      optional_tensor(c_0), params};
+  auto [output, h_n, c_n, reserve] = call_without_gil(inputs, options);
+  PyObject* state = THPVariable_Wrap(std::move(h_n));
+  if (options.is_lstm()) state = tuple_of({state, THPVariable_Wrap(std::move(c_n))});
+  return tuple_of({THPVariable_Wrap(std::move(output)), state});
+  END_HANDLE_TH_ERRORS
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef method(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+          METH_FASTCALL, doc};
+}
+
+PyMethodDef recurrent_method = method<recurrent>("recurrent",
+                                                 "torch.ops.rnn_ext.recurrent by the short way; "
+                                                 "NotImplemented where only the long way will do.");
+PyMethodDef module_forward_method = method<module_forward>(
+    "module_forward", "A module's forward for the usual arguments; NotImplemented for others.");
 
 }  // namespace
 
@@ -178,6 +241,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and machine information of rnn_ext; importing it registers torch.ops.rnn_ext.";
   m.add_object("recurrent",
                py::reinterpret_steal<py::object>(PyCFunction_New(&recurrent_method, nullptr)));
+  m.add_object("module_forward",
+               py::reinterpret_steal<py::object>(PyCFunction_New(&module_forward_method, nullptr)));
   m.def("build_info", &build_info);
   m.def("cpu_info", &cpu_info);
   m.def("set_cpu_isa", [](const std::string& name) { set_cpu_isa(name, "isa"); }, py::arg("name"));

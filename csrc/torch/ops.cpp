@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
@@ -161,10 +162,12 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
   const int64_t slots = o.num_layers * o.directions(), R = p.shape.state_size();
   const int64_t H = p.shape.hidden_size, B = p.shape.batch;
 
-  at::Tensor output = at::empty(p.output_sizes(), wide);
-  at::Tensor h_n = at::empty({slots, B, R}, wide);
-  at::Tensor c_n = o.is_lstm() ? at::empty({slots, B, H}, wide) : at::empty({0}, wide);
-  at::Tensor reserve = at::empty({save_reserve ? p.reserve_size() : 0}, wide);
+  // Past the dispatcher, whose way to an empty tensor takes longer than the rest of making one.
+  const auto empty = [&](at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, wide); };
+  at::Tensor output = empty(p.output_sizes());
+  at::Tensor h_n = empty({slots, B, R});
+  at::Tensor c_n = o.is_lstm() ? empty({slots, B, H}) : empty({0});
+  at::Tensor reserve = empty({save_reserve ? p.reserve_size() : 0});
   if (B > 0) {
     // Outputs of the layers. In training they are part of the reserve (what dropout leaves of them
     // is not: backward derives it again), else only the last one outlives the call.
