@@ -263,12 +263,21 @@ struct ForwardPass {
     const int64_t begin = block * kMaxRowBlock, last = block_end(begin, range);
     if (begin >= last) return;
     const Direction& w = directions[d];
+    if (panel == 0 && !one_chunk) touch_output(d, range, begin, last);
     const Element* x = w.x;
     if constexpr (kValuesAreOperands) {
       if (!gather) x = call.x.at(shape, range.first, 0);
     }
     w.input.multiply(panel, packed, last - begin, x + begin * x_stride, x_stride,
                      w.gx + begin * columns.width() + columns.column(panel), columns.width());
+  }
+
+  // A long sequence's output is fresh from the system, and at the steps two members would write to
+  // the same page of it at once: that first write is far dearer than this one.
+  void touch_output(int d, const StepRange& range, int64_t begin, int64_t end) const {
+    for_rows(shape, range, begin, end, [&](int64_t, int64_t t, int64_t b) {
+      call.y.at(shape, t, b)[d * shape.state_size()] = 0;
+    });
   }
 
   static int64_t block_end(int64_t begin, const StepRange& range) {

@@ -16,6 +16,8 @@ constexpr int64_t kIdle = 4;
 // Calls are judged together until they have taken this long, several time slices of a scheduler: a
 // single stall says nothing.
 constexpr int64_t kWindow = 32'000'000;
+// Or until the caller does something else for this long: what follows may be a slow start again.
+constexpr int64_t kGap = 10'000'000;
 
 }  // namespace
 
@@ -55,9 +57,15 @@ void Governor::one_thread_ran(double work, int64_t elapsed, int64_t now) {
 
 void Governor::team_ran(double work, int64_t elapsed, int64_t lost, int64_t now) {
   --teams_;
+  if (now - elapsed - last_team_ > kGap) judge_team(now);
+  last_team_ = now;
   team_.add(work, elapsed);
   team_lost_ += lost;
-  if (team_.elapsed < kWindow) return;
+  if (team_.elapsed >= kWindow) judge_team(now);
+}
+
+void Governor::judge_team(int64_t now) {
+  if (team_.elapsed == 0) return;
   const bool wasteful = team_lost_ > team_.elapsed / kTolerated;
   // Trust ends early when the team does much worse than when it earned it.
   const bool trusted = (team_left_ -= std::min<int64_t>(team_.elapsed, team_left_)) > 0 &&

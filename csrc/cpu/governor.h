@@ -40,7 +40,10 @@ class Governor {
     void clear();
   };
 
+  void judge_team(int64_t now);
+
   std::atomic<int> teams_{0};                 // running now
+  Nanoseconds last_team_{0};                  // when the last one was done
   Nanoseconds alone_left_{0}, alone_for_{0};  // what one thread is still to do, and was given
   Nanoseconds alone_until_{0};                // at the latest
   Nanoseconds team_left_{0}, team_for_{0};    // how long the team is not questioned

@@ -91,6 +91,39 @@ TEST(slow_starts_do_not_add_up) {
   }
 }
 
+// Nor do bursts that are over before a slow start is made up for.
+TEST(bursts_keep_their_team) {
+  Governor governor;
+  int64_t now = 0;
+  for (int burst = 0; burst < 20; ++burst) {
+    now += 100 * kMs;
+    for (int i = 0; i < 24; ++i) {
+      const Call call = i == 0 ? Call{20 * kMs, 18 * kMs} : Call{kMs};
+      CHECK_EQ(governor.grant(2), 2);
+      governor.team_starts();
+      governor.team_ran(kWork, call.elapsed, call.lost, now += call.elapsed);
+    }
+  }
+}
+
+// A core that is gone shows in bursts of one call, too.
+TEST(rare_calls_without_a_core_go_alone) {
+  Governor governor;
+  int64_t now = 0;
+  int teams = 0;
+  for (int i = 0; i < 1000; ++i) {
+    now += 100 * kMs;
+    if (governor.grant(2) == 2) {
+      ++teams;
+      governor.team_starts();
+      governor.team_ran(kWork, 8 * kMs, 6 * kMs, now += 8 * kMs);
+    } else {
+      governor.one_thread_ran(kWork, 2 * kMs, now += 2 * kMs);
+    }
+  }
+  CHECK(teams < 1000 / 4);
+}
+
 TEST(shared_cores_keep_the_team) {
   Governor governor;
   const Tally tally = run(governor, 10000 * kMs, team_of_halves, half_a_core);
