@@ -106,6 +106,9 @@ struct Part {
   static Part all(const SequenceShape& shape, const Plan& plan) {
     return {0, shape.directions, 0, blocks_of(shape.batch, plan.row_block)};
   }
+  static Part direction(const SequenceShape& shape, const Plan& plan, int d) {
+    return {d, 1, 0, blocks_of(shape.batch, plan.row_block)};
+  }
   // The i-th of directions * shares.
   static Part share(const SequenceShape& shape, const Plan& plan, int64_t i) {
     const int64_t blocks = blocks_of(shape.batch, plan.row_block), k = i % plan.shares;
@@ -125,6 +128,11 @@ void for_steps(Member& team, const SequenceShape& shape, const Plan& plan, int64
       const Part part = Part::share(shape, plan, i);
       for (int64_t s = begin; s < end; ++s) step(alone, part, s);
     });
+  } else if (plan.directions_in_turn) {
+    for (int d = 0; d < shape.directions; ++d) {
+      const Part part = Part::direction(shape, plan, d);
+      for (int64_t s = begin; s < end; ++s) step(team, part, s);
+    }
   } else {
     const Part all = Part::all(shape, plan);
     for (int64_t s = begin; s < end; ++s) step(team, all, s);

@@ -106,6 +106,9 @@ Plan make_plan(const PlanInput& input) {
       plan.reason = shares == 1 ? "one direction each" : "a part of the batch each";
     }
   }
+  // Both directions at every step would drive each other's weights out of the cores' caches.
+  plan.directions_in_turn =
+      s.directions == 2 && plan.shares == 0 && bytes / plan.threads > kOwnCacheBytes / 4 * 3;
   if (input.max_threads <= 1) plan.reason = "one thread: no more on offer";
   plan.total_seconds = best;
   return plan;

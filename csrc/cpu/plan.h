@@ -22,6 +22,8 @@ struct Plan {
   // Into how many parts the batch of each direction is shared out, whose members go through all
   // steps of a chunk without waiting for each other. 0: every step is shared by the whole team.
   int64_t shares = 0;
+  // Where the team shares every step: one direction through the whole chunk, then the other?
+  bool directions_in_turn = false;
   // Is this one thread where there would be a team, had the governor not held it back?
   bool stands_in = false;
   double step_seconds = 0;   // predicted, of one thread

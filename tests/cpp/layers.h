@@ -98,6 +98,7 @@ struct Setting {
   Rounding rounding = Rounding::kNone;
   bool bf16_products = false;
   int64_t shares = 0;
+  bool directions_in_turn = false;
 };
 
 template <class T>
@@ -184,6 +185,7 @@ void run_call(const Call& call, bool backward, const Setting& setting) {
   plan.threads = setting.threads;
   if (setting.chunk_steps) plan.chunk_steps = setting.chunk_steps;
   plan.shares = setting.shares;
+  plan.directions_in_turn = setting.directions_in_turn;
   if (setting.row_block) plan.row_block = setting.row_block;
   if (setting.packed_weights >= 0) plan.packed_weights = setting.packed_weights != 0;
   if (setting.packed_recurrent >= 0) plan.packed_recurrent = setting.packed_recurrent != 0;

@@ -134,6 +134,16 @@ TEST(a_direction_each) {
   CHECK_EQ(make_plan(in).shares, 0);
 }
 
+// Long steps of two directions: both at once only where the caches hold the weights of both.
+TEST(directions_in_turn) {
+  PlanInput in = input(100, 1, 1024, 1024, 2);
+  CHECK(!make_plan(in).directions_in_turn);
+  in.shape.directions = 2;
+  CHECK(make_plan(in).directions_in_turn);
+  in.shape.hidden_size = 128;
+  CHECK(!make_plan(in).directions_in_turn);
+}
+
 // A part of the batch each, where each has rows enough.
 TEST(a_part_of_the_batch_each) {
   for (bool backward : {false, true}) {
