@@ -1,0 +1,341 @@
+// The half of portable.h for nvcc.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <type_traits>
+
+#define RNN_EXT_KERNEL __global__
+#define RNN_EXT_DEVICE __device__ __forceinline__
+#define RNN_EXT_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define RNN_EXT_GRID_CONSTANT __grid_constant__
+#define RNN_EXT_SHARED(Type, name) __shared__ Type name
+
+// What an instruction needs at least. The host's pass of nvcc reads device functions too.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define RNN_EXT_SM80 0
+#else
+#define RNN_EXT_SM80 1
+#endif
+
+namespace rnn_ext::cuda {
+
+using Stream = cudaStream_t;
+using Error = cudaError_t;
+inline constexpr Error kSuccess = cudaSuccess;
+
+struct LaunchConfig {
+  unsigned blocks = 1;
+  unsigned threads = 1;  // a block; a multiple of 32
+  size_t shared_bytes = 0;
+  Stream stream = nullptr;
+  bool cooperative = false;  // all blocks resident at once, or an error
+};
+
+template <class... Parameters>
+Error launch(const LaunchConfig& config, void (*kernel)(Parameters...),
+             std::type_identity_t<Parameters>... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (config.shared_bytes > kWithoutAsking) {
+    const Error error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             int(config.shared_bytes));
+    if (error != kSuccess) return error;
+  }
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
+  const dim3 grid(config.blocks), block(config.threads);
+  return config.cooperative ? cudaLaunchCooperativeKernel(function, grid, block, pointers,
+                                                          config.shared_bytes, config.stream)
+                            : cudaLaunchKernel(function, grid, block, pointers, config.shared_bytes,
+                                               config.stream);
+}
+
+RNN_EXT_DEVICE int thread_index() { return int(threadIdx.x); }
+RNN_EXT_DEVICE int block_size() { return int(blockDim.x); }
+RNN_EXT_DEVICE int block_index() { return int(blockIdx.x); }
+RNN_EXT_DEVICE int grid_size() { return int(gridDim.x); }
+RNN_EXT_DEVICE int lane_index() { return int(threadIdx.x) % kWarpSize; }
+RNN_EXT_DEVICE int warp_index() { return int(threadIdx.x) / kWarpSize; }
+
+template <class T>
+RNN_EXT_DEVICE T* dynamic_shared(size_t byte_offset = 0) {
+  extern __shared__ __align__(128) unsigned char rnn_ext_dynamic_shared[];
+  return reinterpret_cast<T*>(rnn_ext_dynamic_shared + byte_offset);
+}
+
+// --- Barriers and warps --------------------------------------------------------------------------
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+RNN_EXT_DEVICE void block_barrier() { __syncthreads(); }
+RNN_EXT_DEVICE void warp_barrier() { __syncwarp(kAllLanes); }
+
+template <class T>
+RNN_EXT_DEVICE T shuffle(T v, int lane) {
+  return __shfl_sync(kAllLanes, v, lane);
+}
+template <class T>
+RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
+  return __shfl_xor_sync(kAllLanes, v, mask);
+}
+template <class T>
+RNN_EXT_DEVICE T shuffle_down(T v, int delta) {
+  return __shfl_down_sync(kAllLanes, v, unsigned(delta));
+}
+RNN_EXT_DEVICE bool vote_any(bool p) { return __any_sync(kAllLanes, p); }
+RNN_EXT_DEVICE bool vote_all(bool p) { return __all_sync(kAllLanes, p); }
+RNN_EXT_DEVICE uint32_t vote_ballot(bool p) { return __ballot_sync(kAllLanes, p); }
+
+// --- Signals in global memory --------------------------------------------------------------------
+
+RNN_EXT_DEVICE uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
+               : "=r"(v)
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return v;
+}
+RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(v)
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return v;
+}
+RNN_EXT_DEVICE void store_relaxed(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+}
+RNN_EXT_DEVICE void store_release(uint32_t* p, uint32_t v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+}
+RNN_EXT_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v) {
+  uint32_t old;
+  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+  return old;
+}
+RNN_EXT_DEVICE uint32_t fetch_add_release(uint32_t* p, uint32_t v) {
+  uint32_t old;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+  return old;
+}
+RNN_EXT_DEVICE void device_fence() { __threadfence(); }
+RNN_EXT_DEVICE void spin_pause() {}
+
+// --- Wide and asynchronous access ----------------------------------------------------------------
+
+template <class T, int N>
+RNN_EXT_DEVICE Vector<T, N> load_vector(const T* p) {
+  return *reinterpret_cast<const Vector<T, N>*>(p);
+}
+template <class T, int N>
+RNN_EXT_DEVICE void store_vector(T* p, const Vector<T, N>& v) {
+  *reinterpret_cast<Vector<T, N>*>(p) = v;
+}
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using Type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using Type = unsigned;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+
+// Through the non-coherent cache: for what nobody writes while the kernel runs.
+template <class T>
+RNN_EXT_DEVICE T load_streaming(const T* p) {
+  using W = typename Word<int(sizeof(T))>::Type;
+  const W word = __ldg(reinterpret_cast<const W*>(p));
+  return *reinterpret_cast<const T*>(&word);
+}
+
+// From L2, past L1: for what other blocks have just written.
+template <class T, int N>
+RNN_EXT_DEVICE Vector<T, N> load_vector_l2(const T* p) {
+  using W = typename Word<int(sizeof(T)) * N>::Type;
+  const W word = __ldcg(reinterpret_cast<const W*>(p));
+  return *reinterpret_cast<const Vector<T, N>*>(&word);
+}
+
+template <int kBytes>
+RNN_EXT_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+#if RNN_EXT_SM80
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  const size_t from = __cvta_generic_to_global(global);
+  if constexpr (kBytes == 16)  // .cg, past L1, exists for 16 bytes only
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(bytes),
+                 "n"(kBytes)
+                 : "memory");
+#else
+  using W = typename Word<kBytes>::Type;
+  W word = {};
+  if (bytes == kBytes) {
+    word = *static_cast<const W*>(global);
+  } else {
+    for (int i = 0; i < bytes; ++i)
+      reinterpret_cast<char*>(&word)[i] = static_cast<const char*>(global)[i];
+  }
+  *static_cast<W*>(shared) = word;
+#endif
+}
+template <int kBytes>
+RNN_EXT_DEVICE void copy_async(void* shared, const void* global) {
+  copy_async<kBytes>(shared, global, kBytes);
+}
+RNN_EXT_DEVICE void copy_async_commit() {
+#if RNN_EXT_SM80
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kNewest>
+RNN_EXT_DEVICE void copy_async_wait() {
+#if RNN_EXT_SM80
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#endif
+}
+
+// --- Narrow types --------------------------------------------------------------------------------
+
+RNN_EXT_DEVICE float float_of(Float16 v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+  return f;
+}
+RNN_EXT_DEVICE float float_of(BFloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
+RNN_EXT_DEVICE void round_into(float& r, float v) { r = v; }
+RNN_EXT_DEVICE void round_into(double& r, double v) { r = v; }
+RNN_EXT_DEVICE void round_into(Float16& r, float v) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+}
+RNN_EXT_DEVICE void round_into(BFloat16& r, float v) {
+#if RNN_EXT_SM80
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+#else
+  const uint32_t bits = __float_as_uint(v);
+  r.bits = v == v ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fff);
+#endif
+}
+// The upper 19 bits, rounded to nearest (ties away): what a tf32 product reads.
+RNN_EXT_DEVICE uint32_t to_tf32(float v) {
+#if RNN_EXT_SM80
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+#else
+  return __float_as_uint(v);
+#endif
+}
+
+RNN_EXT_DEVICE float exponential(float x) { return ::expf(x); }
+RNN_EXT_DEVICE double exponential(double x) { return ::exp(x); }
+RNN_EXT_DEVICE float hyperbolic_tangent(float x) { return ::tanhf(x); }
+RNN_EXT_DEVICE double hyperbolic_tangent(double x) { return ::tanh(x); }
+
+// --- Matrix fragments ----------------------------------------------------------------------------
+// With g = lane / 4, t = lane % 4, a register of two narrow values holding the lower index in its
+// low half:
+//   m16n8k16  a[0] (g, 2t..)  a[1] (g+8, 2t..)  a[2] (g, 2t+8..)  a[3] (g+8, 2t+8..)
+//             b[0] (2t.., g)  b[1] (2t+8.., g)
+//   m16n8k8   a[0] (g, t)  a[1] (g+8, t)  a[2] (g, t+4)  a[3] (g+8, t+4)   b[0] (t, g)  b[1] (t+4,
+//   g) both      acc[0..1] (g, 2t..)  acc[2..3] (g+8, 2t..)
+
+template <class T>
+RNN_EXT_DEVICE void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if RNN_EXT_SM80
+  if constexpr (std::is_same_v<T, Float16>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  if constexpr (std::is_same_v<T, Float16>) {  // two products of half the depth
+    for (int half = 0; half < 2; ++half)
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+          "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+          : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+          : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+  } else {
+    __trap();  // compute capability 7.5 multiplies no bfloat16: the plan never asks it to
+  }
+#endif
+}
+
+RNN_EXT_DEVICE void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+#if RNN_EXT_SM80
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
+#endif
+}
+
+// kCount 8 x 8 matrices of 2-byte elements from shared memory. Lane l gives the address of row
+// l % 8 (16 bytes, aligned) of matrix l / 8; lanes beyond 8 kCount give any such address.
+// registers[m] is elements (l / 4, 2 (l % 4)..) of matrix m, or of its transpose.
+template <int kCount, bool kTranspose = false>
+RNN_EXT_DEVICE void load_matrix(uint32_t (&r)[kCount], const void* row) {
+  const unsigned address = unsigned(__cvta_generic_to_shared(row));
+  if constexpr (kCount == 4 && kTranspose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  else if constexpr (kCount == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  else if constexpr (kCount == 2 && kTranspose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  else if constexpr (kCount == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
+  else if constexpr (kTranspose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(address)
+                 : "memory");
+}
+
+}  // namespace rnn_ext::cuda
