@@ -7,7 +7,7 @@ CMAKE := $(BIN)/cmake
 CTEST := $(BIN)/ctest --output-on-failure --no-tests=error --timeout 600
 JOBS := $(shell nproc)
 
-CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.c')
+CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda_host benchmarks -name "*.h" -o -name "*.cpp" -o -name "*.c" -o -name "*.cu")
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
 ENGINE := -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRNN_EXT_ENGINE_ONLY=ON -DRNN_EXT_WERROR=ON
 
