@@ -12,8 +12,12 @@
 #include <cstdint>
 
 // Forced inline: these are called from units compiled for different instruction sets, and the
-// linker must not be given one unit's copy to use for all.
+// linker must not be given one unit's copy to use for all. Kernels of a GPU call them, too.
+#if defined(__CUDACC__)
+#define RNN_EXT_SHARED_INLINE __host__ __device__ __forceinline__
+#else
 #define RNN_EXT_SHARED_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace rnn_ext {
 
@@ -89,7 +93,8 @@ struct DirectionWeights {
   int64_t ld_ih = 0, ld_hh = 0, ld_hr = 0;
 };
 
-template <class T>
+// T is the type of the tensors, Saved the one that the reserve keeps: wider where T is narrow.
+template <class T, class Saved = T>
 struct ForwardCall {
   SequenceShape shape;
   Rounding rounding = Rounding::kNone;
@@ -102,7 +107,7 @@ struct ForwardCall {
   const T* c_0[kMaxDirections] = {};  // (B, H) likewise
   T* h_n[kMaxDirections] = {};        // (B, R) contiguous
   T* c_n[kMaxDirections] = {};        // (B, H)
-  T* reserve[kMaxDirections] = {};    // (N, num_saved, padded(H)), null in inference
+  Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), null in inference
 };
 
 template <class T>
@@ -117,7 +122,7 @@ struct DirectionGradients {
   T* c_0 = nullptr;   // (B, H)
 };
 
-template <class T>
+template <class T, class Saved = T>
 struct BackwardCall {
   SequenceShape shape;
   bool bf16_products = false;  // as in forward
@@ -130,7 +135,7 @@ struct BackwardCall {
   const T* h_0[kMaxDirections] = {};      // (B, R), null means zeros
   const T* dh_n[kMaxDirections] = {};     // (B, R), null means zeros
   const T* dc_n[kMaxDirections] = {};     // (B, H), null means zeros
-  const T* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
+  const Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
   DirectionGradients<T> gradients[kMaxDirections];
 };
 

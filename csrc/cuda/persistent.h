@@ -1,0 +1,461 @@
+// The persistent kernels: all steps of a layer in one cooperative launch.
+//
+// A group of blocks owns some batch rows of one direction; each of its blocks owns some hidden units
+// for them and keeps those units' part of W_hh in shared memory, its cell states in registers. In
+// every step each block reads from L2 what the group's blocks wrote in the step before (the
+// exchange), multiplies, finishes its own units, writes them to the exchange and waits for the
+// others. The exchange has two slots, of even and odd steps: a block writes into a slot only after
+// all have passed the barrier behind the step in which they read it. docs/cuda.md draws this.
+#pragma once
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "../sequence.h"
+#include "portable.h"
+#include "products.h"
+#include "tiles.h"
+
+namespace rnn_ext::cuda {
+
+// Step t of position s of the direction's own order.
+RNN_EXT_SHARED_INLINE int64_t step_at(const SequenceShape& shape, int direction, int64_t s) {
+  return direction == 0 ? s : shape.steps - 1 - s;
+}
+
+// What the two kernels' parameters have in common. batch_sizes and offsets of the shape point into
+// the device's memory.
+struct GroupLayout {
+  SequenceShape shape;
+  SharedLayout shared;
+  int unit_blocks = 0, groups = 0, first_direction = 0;
+  int64_t group_rows = 0;
+  bool linear = false;
+  uint32_t* counters = nullptr;  // (directions, groups), kCounterBytes apart
+};
+
+// Where a block of the launch belongs.
+struct BlockPlace {
+  int direction, group, unit_block;
+  int64_t first_row;  // batch rows of the group
+  int rows;
+  int64_t blocks;  // K / kDepthBlock
+
+  RNN_EXT_DEVICE BlockPlace(const GroupLayout& g, int gates, bool backward) {
+    const int index = block_index() / g.unit_blocks;
+    unit_block = block_index() % g.unit_blocks;
+    direction = g.first_direction + index / g.groups;
+    group = index % g.groups;
+    first_row = group * g.group_rows;
+    const int64_t rest = g.shape.batch - first_row;
+    rows = int(rest < g.group_rows ? rest : g.group_rows);
+    blocks = depth(gates, backward, g.shape.hidden_size) / kDepthBlock;
+  }
+
+  RNN_EXT_DEVICE int64_t global_group(const GroupLayout& g) const {
+    return int64_t(direction) * g.groups + group;
+  }
+  RNN_EXT_DEVICE GridBarrier barrier(const GroupLayout& g) const {
+    return {g.counters + global_group(g) * (kCounterBytes / int64_t(sizeof(uint32_t))),
+            uint32_t(g.unit_blocks), unit_block == 0};
+  }
+  // Of the group's rows, those that have a step at t.
+  RNN_EXT_DEVICE int active(const SequenceShape& shape, int64_t t) const {
+    const int64_t all = shape.active(t) - first_row;
+    return int(all < 0 ? 0 : all < rows ? all : rows);
+  }
+};
+
+// The pairs of a unit and a batch row that a thread finishes: always the same ones, so that what
+// belongs to them stays in its registers. Neighbouring lanes have neighbouring units.
+template <int kUnits>
+struct ThreadPairs {
+  static constexpr int kRowsAtOnce = kThreads / kUnits;
+  static constexpr int kPerPass = kPassRows / kRowsAtOnce;
+
+  static RNN_EXT_DEVICE int unit() { return thread_index() % kUnits; }
+  static RNN_EXT_DEVICE int row(int pass, int i) {
+    return pass * kPassRows + i * kRowsAtOnce + thread_index() / kUnits;
+  }
+  // A thread's own place in the array of values fetched ahead.
+  static RNN_EXT_DEVICE int slot(int pass, int i) {
+    return (pass * kPerPass + i) * kThreads + thread_index();
+  }
+  static RNN_EXT_DEVICE int64_t slots(int64_t group_rows) {
+    return rounded_up(group_rows, kPassRows) * kUnits;
+  }
+};
+
+// Sum of what the warps made of one value.
+template <class V>
+RNN_EXT_DEVICE V sum_partial(const V* partial, int slots, int64_t slot_size) {
+  V sum = V(0);
+  for (int i = 0; i < slots; ++i) sum += partial[i * slot_size];
+  return sum;
+}
+
+// --- Before a launch: what the exchange holds at first --------------------------------------------
+
+template <class T>
+struct PrepareExchange {
+  T* exchange = nullptr;          // (directions, groups, 2, slot)
+  uint32_t* counters = nullptr;
+  int64_t counter_words = 0;
+  int directions = 1, groups = 0;
+  int64_t group_rows = 0, batch = 0, hidden_size = 0, slot = 0, blocks = 0;
+  const T* h_0[kMaxDirections] = {};  // forward; null means zeros, backward always
+};
+
+// Both slots start with h_0: a row that joins late (direction 1 of packed data) finds it there,
+// whatever step it is, because nobody has written to the row before.
+template <class Product, class T>
+RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, 1) void prepare_exchange_kernel(
+    PrepareExchange<T> p) {
+  const int64_t threads = int64_t(grid_size()) * block_size();
+  const int64_t first = int64_t(block_index()) * block_size() + thread_index();
+  for (int64_t i = first; i < p.counter_words; i += threads) p.counters[i] = 0;
+  const int64_t count = 2 * p.slot * p.groups * p.directions;
+  for (int64_t i = first; i < count; i += threads) {
+    const int64_t group = i / (2 * p.slot) % p.groups;
+    const int64_t direction = i / (2 * p.slot) / p.groups;
+    int64_t row, k;
+    Product::exchange_place(p.blocks, i % p.slot, row, k);
+    const int64_t b = group * p.group_rows + row;
+    const T* const h_0 = p.h_0[direction];
+    const bool given = h_0 && k < p.hidden_size && row < p.group_rows && b < p.batch;
+    p.exchange[i] = given ? h_0[b * p.hidden_size + k] : from_compute<T>(0);
+  }
+}
+
+// --- Forward --------------------------------------------------------------------------------------
+
+template <class T>
+struct PersistentForward {
+  using C = Compute<T>;
+  struct Direction {
+    DirectionWeights<T> weights;
+    const T* h_0 = nullptr;  // (B, H), null means zeros
+    const T* c_0 = nullptr;
+    T* h_n = nullptr;  // (B, H); carries h from chunk to chunk
+    T* c_n = nullptr;
+    C* state = nullptr;          // (B, H): c from chunk to chunk
+    const C* gates_x = nullptr;  // (rows of the chunk, G*H): W_ih x_t
+    int64_t first_row = 0;       // that gates_x begins with
+    C* reserve = nullptr;        // (N, saved, padded(H)), null in inference
+  };
+  GroupLayout group;
+  Direction directions[kMaxDirections];
+  StepRows<T> y;
+  T* exchange = nullptr;
+  int64_t begin = 0, end = 0;  // positions of this launch
+};
+
+template <class Cell, class T>
+RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void
+persistent_forward_kernel(const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
+  using C = Compute<T>;
+  using Shape = BlockShape<Cell, T, false>;
+  using Product = typename Shape::Product;
+  using Pairs = ThreadPairs<Shape::kUnits>;
+  constexpr int kGates = Cell::kNumGates, kUnits = Shape::kUnits, kPassPairs = Shape::kPassPairs;
+  constexpr int kRows = Shape::kTiling.rows();
+  const SequenceShape& shape = p.group.shape;
+  const BlockPlace place(p.group, kGates, false);
+  const auto& d = p.directions[place.direction];
+  const int64_t H = shape.hidden_size;
+  T* const weights = dynamic_shared<T>();
+  C* const partial = dynamic_shared<C>(size_t(p.group.shared.partial));
+  C* const prefetch = dynamic_shared<C>(size_t(p.group.shared.prefetch));
+  const int stride = p.group.shared.partial_stride;
+  const int64_t slot_size =
+      exchange_slot(kGates, false, H, p.group.group_rows), prefetch_slots = Pairs::slots(p.group.group_rows);
+  T* const exchange = p.exchange + place.global_group(p.group) * 2 * slot_size;
+  GridBarrier barrier = place.barrier(p.group);
+  const ThreadMath<C> math{p.group.linear};
+  const int64_t unit = place.unit_block * kUnits + Pairs::unit();
+  const bool has_unit = unit < H;
+
+  // W_ih x_t of a position, each thread its own values: no barrier is needed to read them again.
+  const auto fetch = [&](int64_t s) {
+    const int64_t t = step_at(shape, place.direction, s);
+    const int active = place.active(shape, t);
+    const int64_t first = shape.first_row(t) - d.first_row + place.first_row;
+#pragma unroll
+    for (int pass = 0; pass < kMaxPasses; ++pass)
+#pragma unroll
+      for (int i = 0; i < kPassPairs; ++i) {
+        const int row = Pairs::row(pass, i);
+        if (!has_unit || row >= active) continue;
+        const C* const from = d.gates_x + (first + row) * (kGates * H) + unit;
+#pragma unroll
+        for (int g = 0; g < kGates; ++g)
+          copy_async<int(sizeof(C))>(prefetch + g * prefetch_slots + Pairs::slot(pass, i), from + g * H);
+      }
+    copy_async_commit();
+  };
+  fetch(p.begin);
+
+  // Row g * kUnits + u of the tile is gate g of unit u; the rest is zeros.
+  for (int64_t i = thread_index(); i < kRows * place.blocks * kDepthBlock; i += kThreads) {
+    const int row = int(i / (place.blocks * kDepthBlock));
+    const int64_t k = i % (place.blocks * kDepthBlock);
+    const int64_t u = place.unit_block * kUnits + row % kUnits;
+    const bool real = row < kGates * kUnits && u < H && k < H;
+    weights[Product::weight_index(place.blocks, row, k)] =
+        real ? d.weights.w_hh[(row / kUnits * H + u) * d.weights.ld_hh + k] : from_compute<T>(0);
+  }
+  C b_ih[kGates], b_hh[kGates];
+#pragma unroll
+  for (int g = 0; g < kGates; ++g) {
+    const bool given = has_unit && d.weights.b_ih;
+    b_ih[g] = given ? to_compute(d.weights.b_ih[g * H + unit]) : C(0);
+    b_hh[g] = given ? to_compute(d.weights.b_hh[g * H + unit]) : C(0);
+  }
+  C c[kMaxPasses][kPassPairs] = {}, h[kMaxPasses][kPassPairs] = {};
+#pragma unroll
+  for (int pass = 0; pass < kMaxPasses; ++pass)
+#pragma unroll
+    for (int i = 0; i < kPassPairs; ++i) {
+      const int row = Pairs::row(pass, i);
+      if (!has_unit || row >= place.rows) continue;
+      const int64_t at = (place.first_row + row) * H + unit;
+      const T* const h_first = p.begin == 0 ? d.h_0 : d.h_n;
+      if (h_first) h[pass][i] = to_compute(h_first[at]);
+      if (!Cell::kHasCellState) continue;
+      if (p.begin > 0)
+        c[pass][i] = d.state[at];
+      else if (d.c_0)
+        c[pass][i] = to_compute(d.c_0[at]);
+    }
+  block_barrier();  // the weights are there
+
+  for (int64_t s = p.begin; s < p.end; ++s) {
+    const int64_t t = step_at(shape, place.direction, s);
+    const int active = place.active(shape, t);
+    const T* const read = exchange + (s & 1) * slot_size;
+    T* const write = exchange + (~s & 1) * slot_size;
+    if (s > p.begin) barrier.wait();
+    copy_async_wait<0>();
+#pragma unroll
+    for (int pass = 0; pass < kMaxPasses; ++pass) {
+      const int first = pass * kPassRows;
+      if (first >= active) break;
+      if (pass > 0) block_barrier();  // the sums of the pass before have been read
+      Product::run(weights, read, place.blocks, first,
+                   active - first < kPassRows ? active - first : kPassRows, partial, stride);
+      block_barrier();
+#pragma unroll
+      for (int i = 0; i < kPassPairs; ++i) {
+        const int row = Pairs::row(pass, i);
+        if (!has_unit || row >= active) continue;
+        C x[kGates], recurrent[kGates], saved[Cell::kNumSaved + 1];
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          x[g] = prefetch[g * prefetch_slots + Pairs::slot(pass, i)] + b_ih[g];
+          recurrent[g] = sum_partial(partial + (g * kUnits + Pairs::unit()) * stride + row - first,
+                                     Shape::kTiling.slots, kRows * stride) +
+                         b_hh[g];
+        }
+        const T stored = from_compute<T>(
+            Cell::forward(math, x, recurrent, h[pass][i], c[pass][i], saved));
+        h[pass][i] = to_compute(stored);
+        const int64_t b = place.first_row + row;
+        p.y.at(shape, t, b)[place.direction * H + unit] = stored;
+        if (s + 1 < shape.steps) write[Product::exchange_index(place.blocks, row, unit)] = stored;
+        if (Cell::kNumSaved > 0 && d.reserve) {
+          C* const to = d.reserve + (shape.first_row(t) + b) * Cell::kNumSaved * padded(H) + unit;
+#pragma unroll
+          for (int v = 0; v < Cell::kNumSaved; ++v) to[v * padded(H)] = saved[v];
+        }
+      }
+    }
+    if (s + 1 < p.end) {
+      barrier.arrive();
+      fetch(s + 1);
+    }
+  }
+
+#pragma unroll
+  for (int pass = 0; pass < kMaxPasses; ++pass)
+#pragma unroll
+    for (int i = 0; i < kPassPairs; ++i) {
+      const int row = Pairs::row(pass, i);
+      if (!has_unit || row >= place.rows) continue;
+      const int64_t at = (place.first_row + row) * H + unit;
+      d.h_n[at] = from_compute<T>(h[pass][i]);
+      if (!Cell::kHasCellState) continue;
+      if (p.end < shape.steps)
+        d.state[at] = c[pass][i];
+      else
+        d.c_n[at] = from_compute<T>(c[pass][i]);
+    }
+}
+
+// --- Backward -------------------------------------------------------------------------------------
+
+template <class T>
+struct PersistentBackward {
+  using C = Compute<T>;
+  struct Direction {
+    const T* w_hh = nullptr;  // (G*H, H)
+    int64_t ld_hh = 0;
+    const C* reserve = nullptr;  // (N, saved, padded(H))
+    const T* h_0 = nullptr;      // (B, H), null means zeros
+    const T* dh_n = nullptr;
+    const T* dc_n = nullptr;
+    T* dh_0 = nullptr;  // (B, H), null where not asked for
+    T* dc_0 = nullptr;
+    T* dgates_x = nullptr;  // (N, G*H)
+    T* dgates_h = nullptr;
+  };
+  GroupLayout group;
+  Direction directions[kMaxDirections];
+  StepRows<const T> y, dy;
+  T* exchange = nullptr;
+};
+
+// Position s undoes the direction's last positions first. What is exchanged are the gate gradients:
+// dL/dh of a unit needs those of all units.
+template <class Cell, class T>
+RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void
+persistent_backward_kernel(const RNN_EXT_GRID_CONSTANT PersistentBackward<T> p) {
+  using C = Compute<T>;
+  using Shape = BlockShape<Cell, T, true>;
+  using Product = typename Shape::Product;
+  using Pairs = ThreadPairs<Shape::kUnits>;
+  constexpr int kGates = Cell::kNumGates, kUnits = Shape::kUnits, kPassPairs = Shape::kPassPairs;
+  constexpr int kRows = Shape::kTiling.rows();
+  const SequenceShape& shape = p.group.shape;
+  const BlockPlace place(p.group, kGates, true);
+  const auto& d = p.directions[place.direction];
+  const int64_t H = shape.hidden_size, steps = shape.steps;
+  const int64_t gate_depth = rounded_up(H, kDepthBlock);
+  T* const weights = dynamic_shared<T>();
+  C* const partial = dynamic_shared<C>(size_t(p.group.shared.partial));
+  C* const prefetch = dynamic_shared<C>(size_t(p.group.shared.prefetch));
+  const int stride = p.group.shared.partial_stride;
+  const int64_t slot_size =
+      exchange_slot(kGates, true, H, p.group.group_rows), prefetch_slots = Pairs::slots(p.group.group_rows);
+  T* const exchange = p.exchange + place.global_group(p.group) * 2 * slot_size;
+  GridBarrier barrier = place.barrier(p.group);
+  const ThreadMath<C> math{p.group.linear};
+  const int64_t unit = place.unit_block * kUnits + Pairs::unit();
+  const bool has_unit = unit < H;
+
+  const auto step_of = [&](int64_t s) { return step_at(shape, 1 - place.direction, s); };
+  const auto active_at = [&](int64_t s) {
+    return s < 0 || s >= steps ? 0 : place.active(shape, step_of(s));
+  };
+  // What a position needs of its own: saved values by way of shared memory, the rest in registers.
+  C dy[kMaxPasses][kPassPairs] = {}, h[kMaxPasses][kPassPairs] = {};
+  const auto fetch = [&](int64_t s) {
+    const int64_t t = step_of(s), previous = place.direction == 0 ? t - 1 : t + 1;
+    const int active = place.active(shape, t);
+    const int before = previous < 0 || previous >= steps ? 0 : place.active(shape, previous);
+#pragma unroll
+    for (int pass = 0; pass < kMaxPasses; ++pass)
+#pragma unroll
+      for (int i = 0; i < kPassPairs; ++i) {
+        const int row = Pairs::row(pass, i);
+        if (!has_unit || row >= active) continue;
+        const int64_t b = place.first_row + row, column = place.direction * H + unit;
+        if (Cell::kNumSaved > 0) {
+          const C* const from =
+              d.reserve + (shape.first_row(t) + b) * Cell::kNumSaved * padded(H) + unit;
+#pragma unroll
+          for (int v = 0; v < Cell::kNumSaved; ++v)
+            copy_async<int(sizeof(C))>(prefetch + v * prefetch_slots + Pairs::slot(pass, i),
+                                       from + v * padded(H));
+        }
+        if (p.dy.data) dy[pass][i] = to_compute(p.dy.at(shape, t, b)[column]);
+        if (Cell::kReadsOutput) h[pass][i] = to_compute(p.y.at(shape, t, b)[column]);
+        if (Cell::kReadsPreviousOutput)
+          h[pass][i] = row < before ? to_compute(p.y.at(shape, previous, b)[column])
+                       : d.h_0      ? to_compute(d.h_0[b * H + unit])
+                                    : C(0);
+      }
+    copy_async_commit();
+  };
+  fetch(0);
+
+  // Row u is column `unit` of W_hh; K counts units within gates, each gate padded.
+  for (int64_t i = thread_index(); i < kUnits * place.blocks * kDepthBlock; i += kThreads) {
+    const int row = int(i % kUnits);  // neighbouring lanes, neighbouring columns
+    const int64_t k = i / kUnits, gate = k / gate_depth, u = k % gate_depth;
+    const int64_t column = place.unit_block * kUnits + row;
+    weights[Product::weight_index(place.blocks, row, k)] =
+        u < H && column < H ? d.w_hh[(gate * H + u) * d.ld_hh + column] : from_compute<T>(0);
+  }
+  C carry[kMaxPasses][kPassPairs] = {}, dc[kMaxPasses][kPassPairs] = {};
+#pragma unroll
+  for (int pass = 0; pass < kMaxPasses; ++pass)
+#pragma unroll
+    for (int i = 0; i < kPassPairs; ++i) {
+      const int row = Pairs::row(pass, i);
+      if (!has_unit || row >= place.rows) continue;
+      const int64_t at = (place.first_row + row) * H + unit;
+      if (d.dh_n) carry[pass][i] = to_compute(d.dh_n[at]);
+      if (Cell::kHasCellState && d.dc_n) dc[pass][i] = to_compute(d.dc_n[at]);
+    }
+  block_barrier();  // the weights are there
+
+  for (int64_t s = 0; s <= steps; ++s) {
+    const int earlier = active_at(s - 1), now = active_at(s);
+    const int rows = earlier > now ? earlier : now;
+    const int64_t t = s < steps ? step_of(s) : 0;
+    const T* const read = exchange + (~s & 1) * slot_size;
+    T* const write = exchange + (s & 1) * slot_size;
+    if (s > 0) barrier.wait();
+    copy_async_wait<0>();
+#pragma unroll
+    for (int pass = 0; pass < kMaxPasses; ++pass) {
+      const int first = pass * kPassRows;
+      if (first >= rows) break;
+      if (first < earlier) {
+        if (pass > 0) block_barrier();  // the sums of the pass before have been read
+        Product::run(weights, read, place.blocks, first,
+                     earlier - first < kPassRows ? earlier - first : kPassRows, partial, stride);
+        block_barrier();
+      }
+#pragma unroll
+      for (int i = 0; i < kPassPairs; ++i) {
+        const int row = Pairs::row(pass, i);
+        if (!has_unit || row >= rows) continue;
+        const int64_t b = place.first_row + row;
+        C dh = carry[pass][i];
+        if (row < earlier)
+          dh += sum_partial(partial + Pairs::unit() * stride + row - first, Shape::kTiling.slots,
+                            kRows * stride);
+        if (row >= now) {  // on its way out: what is left is dL/dh_0
+          if (d.dh_0) d.dh_0[b * H + unit] = from_compute<T>(dh);
+          if (Cell::kHasCellState && d.dc_0) d.dc_0[b * H + unit] = from_compute<T>(dc[pass][i]);
+          continue;
+        }
+        C saved[Cell::kNumSaved + 1];
+#pragma unroll
+        for (int v = 0; v < Cell::kNumSaved; ++v)
+          saved[v] = prefetch[v * prefetch_slots + Pairs::slot(pass, i)];
+        UnitBackward<C> u{h[pass][i], h[pass][i], dh + dy[pass][i], dc[pass][i], C(0)};
+        C dx[kGates], recurrent[kGates];
+        Cell::backward(math, saved, u, dx, recurrent);
+        carry[pass][i] = u.dh_prev;
+        dc[pass][i] = u.dc;
+        const int64_t at = (shape.first_row(t) + b) * (kGates * H) + unit;
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          const T narrow = from_compute<T>(dx[g]);
+          const T exchanged = Cell::kSplitsGradient ? from_compute<T>(recurrent[g]) : narrow;
+          d.dgates_x[at + g * H] = narrow;
+          if (Cell::kSplitsGradient) d.dgates_h[at + g * H] = exchanged;
+          write[Product::exchange_index(place.blocks, row, g * gate_depth + unit)] = exchanged;
+        }
+      }
+    }
+    if (s < steps) {
+      barrier.arrive();
+      if (s + 1 < steps) fetch(s + 1);
+    }
+  }
+}
+
+}  // namespace rnn_ext::cuda
