@@ -8,7 +8,7 @@ CTEST := $(BIN)/ctest --output-on-failure --no-tests=error --timeout 600
 JOBS := $(shell nproc)
 
 CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda_host benchmarks -name "*.h" -o -name "*.cpp" -o -name "*.c" -o -name "*.cu")
-BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 ENGINE := -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRNN_EXT_ENGINE_ONLY=ON -DRNN_EXT_WERROR=ON
 
 DEPENDENCIES := $(VENV)/.dependencies
@@ -73,8 +73,8 @@ test-aarch64: $(DEPENDENCIES) ## The same cross-compiled for aarch64, under qemu
 	$(CMAKE) --build build/aarch64 --parallel $(JOBS)
 	$(CTEST) --test-dir build/aarch64
 
-cuda-check: ## Check the CUDA engine
-	@echo "rnn_ext: the CUDA engine is not there yet; tensors on a GPU run on torch's own kernels"; exit 1
+cuda-check: ## Build, test and time the CUDA engine on a GPU (PYTHON=... with a CUDA build of torch)
+	@PYTHON=$(PYTHON) CHECK_ARGS="$(CHECK_ARGS)" cmake/cuda_check.sh
 
 clean: ## Remove build outputs (keeps .venv)
 	rm -rf build dist out rnn_ext.egg-info rnn_ext/_C*.so rnn_ext/_build_info.py

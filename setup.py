@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,72 @@ def check_module(name: str) -> None:
         )
 
 
+# What is compiled for where TORCH_CUDA_ARCH_LIST does not say: machine code for each, and the
+# intermediate code of the last one for what comes after it.
+CUDA_ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100-real;120"
+
+
+def cuda_architectures(listed: str) -> str:
+    """CMake's architectures for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX"."""
+    architectures = []
+    for entry in listed.replace(" ", ";").split(";"):
+        if not entry:
+            continue
+        number = entry.removesuffix("+PTX")
+        major, _, minor = number.rstrip("af").partition(".")
+        if not (major.isdigit() and minor.isdigit()):
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST has an entry {entry!r}; write 8.0;9.0+PTX")
+        if (int(major), int(minor)) < (7, 5):
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST names {entry}; 7.5 is the lowest supported")
+        suffix = number[len(number.rstrip("af")) :]
+        code = "" if entry.endswith("+PTX") else "-real"
+        architectures.append(f"{major}{minor}{suffix}{code}")
+    return ";".join(architectures)
+
+
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    if found is None:
+        raise BuildError(f"{nvcc} does not say which release it is")
+    return int(found[1]), int(found[2])
+
+
+def cuda_definitions(torch_cuda: str | None, wish: str) -> dict[str, str]:
+    """What CMake has to know to build the CUDA engine; empty if it is not to be built.
+
+    ``torch_cuda`` is torch.version.cuda, ``wish`` RNN_EXT_CUDA: 0 never, 1 or an error, auto if
+    torch is a CUDA build and a compiler of its major release is there. Whether a GPU is visible
+    makes no difference.
+    """
+    if wish not in ("auto", "0", "1"):
+        raise BuildError(f"RNN_EXT_CUDA must be auto, 0 or 1, not {wish!r}")
+    if wish == "0":
+        return {}
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = os.environ.get("CUDACXX") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    reason = None
+    if torch_cuda is None:
+        reason = "torch is not a CUDA build"
+    elif nvcc is None:
+        reason = f"nvcc was not found; install the CUDA toolkit {torch_cuda} or set CUDA_HOME"
+    elif nvcc_version(nvcc)[0] != int(torch_cuda.split(".")[0]):
+        release = ".".join(map(str, nvcc_version(nvcc)))
+        reason = f"nvcc is of CUDA {release}, torch of {torch_cuda}: the major versions differ"
+    if reason is not None:
+        if wish == "1":
+            raise BuildError(f"RNN_EXT_CUDA=1, but {reason}")
+        if torch_cuda is not None:
+            print(f"rnn_ext: built without CUDA kernels: {reason}", file=sys.stderr)
+        return {}
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    return {
+        "CUDA_COMPILER": os.path.realpath(str(nvcc)) if os.path.islink(str(nvcc)) else str(nvcc),
+        "CUDA_ARCHITECTURES": cuda_architectures(listed) or CUDA_ARCHITECTURES,
+    }
+
+
 class CMakeBuild(build_ext):
     """Configures and builds with CMake, and writes rnn_ext/_build_info.py beside the module."""
 
@@ -88,6 +155,9 @@ class CMakeBuild(build_ext):
                 "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
                 "MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
                 "MODULE_DIR": str(module_path.parent),
+                # Empty, not absent: a build folder may remember another choice.
+                "CUDA_COMPILER": "",
+                **cuda_definitions(torch.version.cuda, os.environ.get("RNN_EXT_CUDA", "auto")),
             },
         )
         (module_path.parent / "_build_info.py").write_text(

@@ -101,12 +101,12 @@ struct ForwardCall {
   bool bf16_products = false;       // round what products read to bfloat16, if that is faster here
   bool linear_activations = false;  // tests only: see cpu/activations.h
   DirectionWeights<T> weights[kMaxDirections];
-  StepRows<const T> x;                // (T, B, I)
-  StepRows<T> y;                      // (T, B, D*R), direction d in columns d*R..
-  const T* h_0[kMaxDirections] = {};  // (B, R) contiguous, null means zeros
-  const T* c_0[kMaxDirections] = {};  // (B, H) likewise
-  T* h_n[kMaxDirections] = {};        // (B, R) contiguous
-  T* c_n[kMaxDirections] = {};        // (B, H)
+  StepRows<const T> x;                  // (T, B, I)
+  StepRows<T> y;                        // (T, B, D*R), direction d in columns d*R..
+  const T* h_0[kMaxDirections] = {};    // (B, R) contiguous, null means zeros
+  const T* c_0[kMaxDirections] = {};    // (B, H) likewise
+  T* h_n[kMaxDirections] = {};          // (B, R) contiguous
+  T* c_n[kMaxDirections] = {};          // (B, H)
   Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), null in inference
 };
 
@@ -128,13 +128,13 @@ struct BackwardCall {
   bool bf16_products = false;  // as in forward
   bool linear_activations = false;
   DirectionWeights<T> weights[kMaxDirections];
-  StepRows<const T> x;                    // (T, B, I)
-  StepRows<const T> y;                    // (T, B, D*R), as forward wrote it
-  StepRows<const T> dy;                   // (T, B, D*R), null data means zeros
-  StepRows<T> dx;                         // (T, B, I), null data: not asked for
-  const T* h_0[kMaxDirections] = {};      // (B, R), null means zeros
-  const T* dh_n[kMaxDirections] = {};     // (B, R), null means zeros
-  const T* dc_n[kMaxDirections] = {};     // (B, H), null means zeros
+  StepRows<const T> x;                        // (T, B, I)
+  StepRows<const T> y;                        // (T, B, D*R), as forward wrote it
+  StepRows<const T> dy;                       // (T, B, D*R), null data means zeros
+  StepRows<T> dx;                             // (T, B, I), null data: not asked for
+  const T* h_0[kMaxDirections] = {};          // (B, R), null means zeros
+  const T* dh_n[kMaxDirections] = {};         // (B, R), null means zeros
+  const T* dc_n[kMaxDirections] = {};         // (B, H), null means zeros
   const Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
   DirectionGradients<T> gradients[kMaxDirections];
 };

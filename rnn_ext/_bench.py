@@ -222,20 +222,23 @@ def compare(case: Case, candidate: Workload, torch_nn: Workload) -> list[Deviati
 
 
 def compare_all(
-    case: Case, candidates: Mapping[str, Workload], torch_nn: Workload
+    case: Case,
+    candidates: Mapping[str, Workload],
+    torch_nn: Workload,
+    make: Callable[[Case, nn.RNNBase], Workload] = Workload,
 ) -> dict[str, list[Deviation]]:
     """Error of everything each candidate computes, in units of the norm of the exact result.
 
     The exact result is torch.nn's in float64 on the same numbers. At any lower precision the
     candidate may be twice as far from it as torch.nn is at that precision, plus one rounding. In
     float64 there is nothing better to compare with, so the bound is the rounding of a long sum:
-    4096 eps = 9e-13.
+    4096 eps = 9e-13. `make` puts the exact module where the candidates are.
     """
     double_case = replace(case, dtype=torch.float64)
     exact_module = double_case.build_module(nn)
     exact_module.load_state_dict(torch_nn.module.state_dict())
     with case.context():
-        exact = Workload(case, exact_module).results()
+        exact = make(case, exact_module).results()
         expected = torch_nn.results()
         produced = {name: candidate.results() for name, candidate in candidates.items()}
     eps = torch.finfo(case.dtype).eps

@@ -90,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--training", action="store_true", help="time forward and backward, not only forward")
     add("--rounds", type=at_least_two, default=9, metavar="N", help=f"samples a side {default}")
     add("--explain", action="store_true", help="also print how the engine runs each layer, and why")
+    add(
+        "--device-model",
+        choices=rnn_ext._C.cuda_devices(),
+        metavar="GPU",
+        help="with --explain: print how the CUDA engine would run each layer on this GPU, and the "
+        "time that its cost model predicts, instead of measuring anything; one of %(choices)s",
+    )
     bench.set_defaults(run=run_bench, parser=bench)
     return parser
 
@@ -121,6 +128,10 @@ def run_info(arguments: argparse.Namespace) -> int:
         "instruction set in use": f"{cpu['isa']} (force another with RNN_EXT_CPU_ISA)",
         "threads": f"{cpu['num_threads']} (torch.set_num_threads)",
         "OpenMP": "yes" if build["openmp"] else "no",
+        "CUDA kernels": f"built with CUDA {build['cuda']} for {build['cuda_architectures']}; "
+        "never run on a GPU by this project"
+        if build["cuda"]
+        else "not built",
         "location": rnn_ext.__path__[0],
     }
     width = max(map(len, lines))
@@ -225,6 +236,11 @@ def run_bench(arguments: argparse.Namespace) -> int:
         dtype=DTYPES[arguments.dtype],
         given_state=streaming,
     )
+    if arguments.device_model is not None:
+        if not arguments.explain:
+            arguments.parser.error("--device-model needs --explain")
+        explain_on_device(case, arguments.device_model)
+        return 0
     isa = rnn_ext._C.cpu_info()["isa"]
     print(f"{case.label}, {torch.get_num_threads()} threads, {isa}")
     if arguments.explain:
@@ -253,19 +269,29 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def explain(case: Case) -> None:
-    """Print the engine's plan of each layer. Layers after the first are alike and share one."""
-    name = f"rnn_{case.nonlinearity}" if case.cell == "RNN" else case.cell.lower()
-    inputs = {"layer 0": case.input_size}
+def calls_of(case: Case) -> Iterator[tuple[str, int, int, bool]]:
+    """Title, number of layers, input size and direction of pass (backward?) of each kind of call.
+
+    Layers after the first are alike and share one.
+    """
+    inputs = [("layer 0", 1, case.input_size)]
     if case.num_layers > 1:
         title = "layer 1" if case.num_layers == 2 else f"layers 1 to {case.num_layers - 1}"
-        inputs[title] = case.state_size * case.directions
+        inputs.append((title, case.num_layers - 1, case.state_size * case.directions))
     passes = {"forward": False, "backward": True} if case.training else {"forward": False}
-    for (title, input_size), (name_of_pass, backward) in itertools.product(
-        inputs.items(), passes.items()
-    ):
+    for (title, layers, input_size), (name, backward) in itertools.product(inputs, passes.items()):
+        yield f"{title} {name}", layers, input_size, backward
+
+
+def cell_name(case: Case) -> str:
+    return f"rnn_{case.nonlinearity}" if case.cell == "RNN" else case.cell.lower()
+
+
+def explain(case: Case) -> None:
+    """Print the engine's plan of each layer."""
+    for title, _, input_size, backward in calls_of(case):
         plan = rnn_ext._C.plan(
-            name,
+            cell_name(case),
             case.steps,
             case.batch,
             input_size,
@@ -277,11 +303,46 @@ def explain(case: Case) -> None:
             backward=backward,
         )
         reason = plan.pop("reason")
-        details = ", ".join(
-            f"{key} {f'{value:.3g}' if isinstance(value, float) else value}"
-            for key, value in plan.items()
+        print(f"{title}: {reason}\n    {describe_plan(plan)}")
+
+
+def describe_plan(plan: dict[str, object]) -> str:
+    return ", ".join(
+        f"{key} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for key, value in plan.items()
+    )
+
+
+def explain_on_device(case: Case, device: str) -> None:
+    """Print how the CUDA engine would run each layer on a GPU, and what its cost model predicts."""
+    print(f"{case.label} on {device}: predictions of a cost model, on paper. Nothing was measured.")
+    total = floor = 0.0
+    for title, layers, input_size, backward in calls_of(case):
+        plan = rnn_ext._C.cuda_plan(
+            cell_name(case),
+            case.steps,
+            case.batch,
+            input_size,
+            case.hidden_size,
+            proj_size=case.proj_size,
+            directions=case.directions,
+            dtype=str(case.dtype).removeprefix("torch."),
+            backward=backward,
+            training=case.training,
+            device=device,
         )
-        print(f"{title} {name_of_pass}: {reason}\n    {details}")
+        method, reason = plan.pop("method"), plan.pop("reason")
+        parts = plan.pop("seconds")
+        seconds, least = plan.pop("total_seconds"), plan.pop("floor_seconds")
+        print(f"{title}: {method}, {reason}")
+        if method == "refused":
+            return
+        print(f"    {describe_plan(plan)}")
+        print("    " + ", ".join(f"{part} {format_seconds(s)}" for part, s in parts.items()))
+        print(f"    predicted {format_seconds(seconds)}, floor {format_seconds(least)}")
+        total += layers * seconds
+        floor += layers * least
+    print(f"predicted for all layers: {format_seconds(total)} (floor {format_seconds(floor)})")
 
 
 def describe_ratio(theirs: Timing, ours: Timing) -> str:

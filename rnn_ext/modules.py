@@ -1,8 +1,8 @@
 """Drop-in modules: constructor, forward, state_dict and errors of the torch.nn class of the name.
 
 They subclass torch.nn's, so ``isinstance(m, torch.nn.LSTM)`` holds, and only ``forward`` is theirs.
-What a call outside the kernels needs (a device other than the CPU, a tensor subclass) goes to
-torch.nn's own forward.
+What a call outside the kernels needs (a device that this copy was not built for, a tensor subclass)
+goes to torch.nn's own forward.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ _MODES = {"RNN_TANH": F.RNN_TANH, "RNN_RELU": F.RNN_RELU, "LSTM": F.LSTM, "GRU":
 _NONLINEARITIES = {"tanh": F.RNN_TANH, "relu": F.RNN_RELU}
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _PLAIN_TYPES = {Tensor, nn.Parameter}
+_HAS_CUDA = _C.build_info()["cuda"] is not None
 
 
 def _is_covered(tensor: Tensor) -> bool:
-    """Whether the kernels take this tensor: a plain one on the CPU, or a stand-in for one."""
+    """Whether the kernels take this tensor: a plain one on the CPU (on a GPU, if this copy has
+    kernels for it), or a stand-in for one."""
     if type(tensor) in _PLAIN_TYPES:
-        return tensor.is_cpu
+        return tensor.is_cpu or (_HAS_CUDA and tensor.is_cuda)
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 

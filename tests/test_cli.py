@@ -6,6 +6,7 @@ import math
 import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,9 +133,47 @@ def test_bench_says_when_the_machine_is_busy(capsys, monkeypatch):
     assert "repeat this on a quiet machine" in out
 
 
+@pytest.mark.parametrize("device", rnn_ext._C.cuda_devices())
+@pytest.mark.parametrize("dtype", _cli.DTYPES)
+def test_bench_explains_a_device_that_is_not_there(capsys, monkeypatch, device, dtype):
+    monkeypatch.setattr(_cli, "interleave", lambda *_, **__: pytest.fail("measured something"))
+    arguments = ["--explain", "--device-model", device, "--dtype", dtype, "--training"]
+    assert (
+        _cli.main(["bench", "--steps", "1024", "--batch", "16", "--layers", "3", *arguments]) == 0
+    )
+    out = capsys.readouterr().out
+    assert f"on {device}: predictions of a cost model, on paper. Nothing was measured." in out
+    if device == "v100":
+        assert "refused, compute capability below 7.5" in out
+        assert "ms" not in out
+    else:
+        for part in ("layer 0 forward", "layer 0 backward", "layers 1 to 2 backward", "floor"):
+            assert part in out
+        assert ("persistent" in out) or ("stepwise" in out)
+
+
+def test_prediction_of_the_design_point_is_documented():
+    """docs/cuda.md states what the model says."""
+    shape = ("lstm", 1024, 16, 768, 768)
+    plans = [
+        rnn_ext._C.cuda_plan(
+            *shape, dtype="bfloat16", backward=backward, training=True, device="h100"
+        )
+        for backward in (False, True)
+    ]
+    text = (Path(rnn_ext.__file__).parents[1] / "docs" / "cuda.md").read_text()
+    for title, key in (("**predicted on paper**", "total_seconds"), ("floor of", "floor_seconds")):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {title}")]
+        forward, backward = (plan[key] * 1e3 for plan in plans)
+        assert f"{forward:.2f} ms" in line
+        assert f"{forward + backward:.2f} ms" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["bench", "--device-model", "h100"], "--device-model needs --explain"),
+        (["bench", "--explain", "--device-model", "voodoo"], "invalid choice"),
         (["bench", "--cell", "elman"], "invalid choice"),
         (["bench", "--batch", "0"], "must be at least 1"),
         (["bench", "--hidden", "many"], "invalid positive value"),

@@ -7,9 +7,9 @@ using T = RNN_EXT_CUDA_TYPE;
 
 template PlanInput plan_input<T>(const Forward<T>&, const Device&);
 template PlanInput plan_input<T>(const Backward<T>&, const Device&);
-template Error run<T>(const Forward<T>&, const PlanInput&, const Plan&, void*, const Multiplier&,
-                      Stream);
-template Error run<T>(const Backward<T>&, const PlanInput&, const Plan&, void*, const Multiplier&,
-                      Stream);
+template Status run<T>(const Forward<T>&, const PlanInput&, const Plan&, void*, const Multiplier&,
+                       Stream);
+template Status run<T>(const Backward<T>&, const PlanInput&, const Plan&, void*, const Multiplier&,
+                       Stream);
 
 }  // namespace rnn_ext::cuda

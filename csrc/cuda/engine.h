@@ -4,7 +4,7 @@
 #pragma once
 
 #include "plan.h"
-#include "portable.h"
+#include "types.h"
 
 namespace rnn_ext::cuda {
 
@@ -27,7 +27,7 @@ struct Gemm {
 
 // Who multiplies: cuBLAS, by way of the torch layer; plain loops in the tests.
 struct Multiplier {
-  Error (*multiply)(void* context, const Gemm& gemm, Stream stream) = nullptr;
+  Status (*multiply)(void* context, const Gemm& gemm, Stream stream) = nullptr;
   void* context = nullptr;
 };
 
@@ -36,8 +36,8 @@ using Forward = ForwardCall<T, Compute<T>>;
 template <class T>
 using Backward = BackwardCall<T, Compute<T>>;
 
-// T is float, double, Float16 or BFloat16. shape: steps >= 1, batch >= 1. Pointers of a call are the
-// device's but for shape.batch_sizes and shape.offsets; h_n and for the LSTM c_n must be given.
+// T is float, double, Float16 or BFloat16. shape: steps >= 1, batch >= 1. Pointers of a call are
+// the device's but for shape.batch_sizes and shape.offsets; h_n and for the LSTM c_n must be given.
 template <class T>
 PlanInput plan_input(const Forward<T>& call, const Device& device);
 template <class T>
@@ -46,10 +46,10 @@ PlanInput plan_input(const Backward<T>& call, const Device& device);
 // `workspace`: plan.workspace_bytes, 256-byte aligned, uninitialized. Returns the first error of a
 // launch; nothing is queued after it.
 template <class T>
-Error run(const Forward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
-          const Multiplier& multiplier, Stream stream);
+Status run(const Forward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
+           const Multiplier& multiplier, Stream stream);
 template <class T>
-Error run(const Backward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
-          const Multiplier& multiplier, Stream stream);
+Status run(const Backward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
+           const Multiplier& multiplier, Stream stream);
 
 }  // namespace rnn_ext::cuda

@@ -1,9 +1,8 @@
 // Queues the kernels and products of a call. Included by engine.cu, which is compiled once for each
 // storage type, and by the host executor's tests.
-#include "engine.h"
-
 #include <type_traits>
 
+#include "engine.h"
 #include "persistent.h"
 #include "stepwise.h"
 
@@ -12,10 +11,10 @@ namespace {
 
 template <class T>
 constexpr DType dtype_of() {
-  return std::is_same_v<T, double>     ? DType::kFloat64
-         : std::is_same_v<T, float>    ? DType::kFloat32
-         : std::is_same_v<T, Float16>  ? DType::kFloat16
-                                       : DType::kBFloat16;
+  return std::is_same_v<T, double>    ? DType::kFloat64
+         : std::is_same_v<T, float>   ? DType::kFloat32
+         : std::is_same_v<T, Float16> ? DType::kFloat16
+                                      : DType::kBFloat16;
 }
 
 // Are the rows of all steps evenly spaced in time order, so that they are one matrix?
@@ -29,10 +28,14 @@ bool is_matrix(const SequenceShape& shape, const StepRows<T>& rows) {
 template <class F>
 void with_cell(CellKind cell, F&& f) {
   switch (cell) {
-    case CellKind::kRnnTanh: return f(RnnCell<false>{});
-    case CellKind::kRnnRelu: return f(RnnCell<true>{});
-    case CellKind::kLstm: return f(LstmCell{});
-    case CellKind::kGru: return f(GruCell{});
+    case CellKind::kRnnTanh:
+      return f(RnnCell<false>{});
+    case CellKind::kRnnRelu:
+      return f(RnnCell<true>{});
+    case CellKind::kLstm:
+      return f(LstmCell{});
+    case CellKind::kGru:
+      return f(GruCell{});
   }
 }
 
@@ -40,7 +43,7 @@ void with_cell(CellKind cell, F&& f) {
 struct Queue {
   const Multiplier& multiplier;
   Stream stream;
-  Error error = kSuccess;
+  Status error = kSuccess;
 
   template <class... Parameters>
   void launch(int64_t blocks, void (*kernel)(Parameters...),
@@ -58,7 +61,7 @@ struct Queue {
   template <class... Parameters>
   void start(const LaunchConfig& config, void (*kernel)(Parameters...),
              std::type_identity_t<Parameters>... arguments) {
-    if (error == kSuccess) error = cuda::launch(config, kernel, arguments...);
+    if (error == kSuccess) error = Status(cuda::launch(config, kernel, arguments...));
   }
   void multiply(const Gemm& product) {
     if (error == kSuccess) error = multiplier.multiply(multiplier.context, product, stream);
@@ -114,7 +117,8 @@ struct LayerRun {
       TableEntries<int64_t> entries;
       entries.to = to + i;
       entries.count = int(count - i < kTableEntries ? count - i : kTableEntries);
-      for (int k = 0; k < kTableEntries; ++k) entries.values[k] = k < entries.count ? table[i + k] : 0;
+      for (int k = 0; k < kTableEntries; ++k)
+        entries.values[k] = k < entries.count ? table[i + k] : 0;
       queue.launch(1, fill_table_kernel<int64_t>, entries);
     }
     return to;
@@ -172,7 +176,8 @@ struct LayerRun {
     p.blocks = depth(Cell::kNumGates, kBackward, shape.hidden_size) / kDepthBlock;
     for (int d = 0; h_0 && d < shape.directions; ++d) p.h_0[d] = h_0[d];
     using Product = typename BlockShape<Cell, T, kBackward>::Product;
-    queue.launch_over(w.exchange_bytes / int64_t(sizeof(T)), prepare_exchange_kernel<Product, T>, p);
+    queue.launch_over(w.exchange_bytes / int64_t(sizeof(T)), prepare_exchange_kernel<Product, T>,
+                      p);
   }
 
   LaunchConfig persistent_config(const GroupLayout& g) const {
@@ -187,7 +192,7 @@ struct ForwardRun : LayerRun<T, Forward<T>> {
   using Base::Base, Base::call, Base::shape, Base::plan, Base::w, Base::queue, Base::gate_rows,
       Base::project, Base::device_shape;
 
-  Error run() {
+  Status run() {
     with_cell(shape.cell, [&](auto cell) {
       using Cell = decltype(cell);
       if (plan.method == Method::kPersistent)
@@ -249,15 +254,10 @@ struct ForwardRun : LayerRun<T, Forward<T>> {
       p.begin = begin;
       p.end = chunk_end(begin);
       for (int d = 0; d < shape.directions; ++d)
-        p.directions[d] = {call.weights[d],
-                           call.h_0[d],
-                           call.c_0[d],
-                           call.h_n[d],
-                           call.c_n[d],
-                           state(d),
-                           gates_x(d),
-                           project_input(d, p.begin, p.end),
-                           call.reserve[d]};
+        p.directions[d] = {
+            call.weights[d], call.h_0[d], call.c_0[d], call.h_n[d],
+            call.c_n[d],     state(d),    gates_x(d),  project_input(d, p.begin, p.end),
+            call.reserve[d]};
       for (int d = 0; d < shape.directions; d += plan.directions_at_once) {
         p.group = this->group_layout(false, d);
         queue.start(this->persistent_config(p.group), persistent_forward_kernel<Cell, T>, p);
@@ -361,7 +361,7 @@ struct BackwardRun : LayerRun<T, Backward<T>> {
   using Base::Base, Base::call, Base::shape, Base::plan, Base::w, Base::queue, Base::gate_rows,
       Base::project, Base::device_shape, Base::input;
 
-  Error run() {
+  Status run() {
     with_cell(shape.cell, [&](auto cell) {
       using Cell = decltype(cell);
       if (plan.method == Method::kPersistent) persistent<Cell>();
@@ -398,16 +398,11 @@ struct BackwardRun : LayerRun<T, Backward<T>> {
     p.dy = call.dy;
     p.exchange = this->template at<T>(w.exchange);
     for (int d = 0; d < shape.directions; ++d)
-      p.directions[d] = {call.weights[d].w_hh,
-                         call.weights[d].ld_hh,
-                         call.reserve[d],
-                         call.h_0[d],
-                         call.dh_n[d],
-                         call.dc_n[d],
-                         call.gradients[d].h_0,
-                         call.gradients[d].c_0,
-                         dgates_x(d),
-                         dgates_h(d)};
+      p.directions[d] = {call.weights[d].w_hh,  call.weights[d].ld_hh,
+                         call.reserve[d],       call.h_0[d],
+                         call.dh_n[d],          call.dc_n[d],
+                         call.gradients[d].h_0, call.gradients[d].c_0,
+                         dgates_x(d),           dgates_h(d)};
     for (int d = 0; d < shape.directions; d += plan.directions_at_once) {
       p.group = this->group_layout(true, d);
       queue.start(this->persistent_config(p.group), persistent_backward_kernel<Cell, T>, p);
@@ -621,13 +616,13 @@ PlanInput plan_input(const Backward<T>& call, const Device& device) {
 }
 
 template <class T>
-Error run(const Forward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
-          const Multiplier& multiplier, Stream stream) {
+Status run(const Forward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
+           const Multiplier& multiplier, Stream stream) {
   return ForwardRun<T>(call, input, plan, workspace, multiplier, stream).run();
 }
 template <class T>
-Error run(const Backward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
-          const Multiplier& multiplier, Stream stream) {
+Status run(const Backward<T>& call, const PlanInput& input, const Plan& plan, void* workspace,
+           const Multiplier& multiplier, Stream stream) {
   return BackwardRun<T>(call, input, plan, workspace, multiplier, stream).run();
 }
 

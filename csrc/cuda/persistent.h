@@ -1,11 +1,12 @@
 // The persistent kernels: all steps of a layer in one cooperative launch.
 //
-// A group of blocks owns some batch rows of one direction; each of its blocks owns some hidden units
-// for them and keeps those units' part of W_hh in shared memory, its cell states in registers. In
-// every step each block reads from L2 what the group's blocks wrote in the step before (the
-// exchange), multiplies, finishes its own units, writes them to the exchange and waits for the
-// others. The exchange has two slots, of even and odd steps: a block writes into a slot only after
-// all have passed the barrier behind the step in which they read it. docs/cuda.md draws this.
+// A group of blocks owns some batch rows of one direction; each of its blocks owns some hidden
+// units for them and keeps those units' part of W_hh in shared memory, its cell states in
+// registers. In every step each block reads from L2 what the group's blocks wrote in the step
+// before (the exchange), multiplies, finishes its own units, writes them to the exchange and waits
+// for the others. The exchange has two slots, of even and odd steps: a block writes into a slot
+// only after all have passed the barrier behind the step in which they read it. docs/cuda.md draws
+// this.
 #pragma once
 
 #include "../cells/gru.h"
@@ -94,11 +95,12 @@ RNN_EXT_DEVICE V sum_partial(const V* partial, int slots, int64_t slot_size) {
   return sum;
 }
 
-// --- Before a launch: what the exchange holds at first --------------------------------------------
+// --- Before a launch: what the exchange holds at first
+// --------------------------------------------
 
 template <class T>
 struct PrepareExchange {
-  T* exchange = nullptr;          // (directions, groups, 2, slot)
+  T* exchange = nullptr;  // (directions, groups, 2, slot)
   uint32_t* counters = nullptr;
   int64_t counter_words = 0;
   int directions = 1, groups = 0;
@@ -109,8 +111,8 @@ struct PrepareExchange {
 // Both slots start with h_0: a row that joins late (direction 1 of packed data) finds it there,
 // whatever step it is, because nobody has written to the row before.
 template <class Product, class T>
-RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, 1) void prepare_exchange_kernel(
-    PrepareExchange<T> p) {
+RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads,
+                                     1) void prepare_exchange_kernel(PrepareExchange<T> p) {
   const int64_t threads = int64_t(grid_size()) * block_size();
   const int64_t first = int64_t(block_index()) * block_size() + thread_index();
   for (int64_t i = first; i < p.counter_words; i += threads) p.counters[i] = 0;
@@ -127,7 +129,8 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, 1) void prepare_exchange_kernel(
   }
 }
 
-// --- Forward --------------------------------------------------------------------------------------
+// --- Forward
+// --------------------------------------------------------------------------------------
 
 template <class T>
 struct PersistentForward {
@@ -151,8 +154,8 @@ struct PersistentForward {
 };
 
 template <class Cell, class T>
-RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void
-persistent_forward_kernel(const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
+RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persistent_forward_kernel(
+    const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
   using C = Compute<T>;
   using Shape = BlockShape<Cell, T, false>;
   using Product = typename Shape::Product;
@@ -167,8 +170,8 @@ persistent_forward_kernel(const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
   C* const partial = dynamic_shared<C>(size_t(p.group.shared.partial));
   C* const prefetch = dynamic_shared<C>(size_t(p.group.shared.prefetch));
   const int stride = p.group.shared.partial_stride;
-  const int64_t slot_size =
-      exchange_slot(kGates, false, H, p.group.group_rows), prefetch_slots = Pairs::slots(p.group.group_rows);
+  const int64_t slot_size = exchange_slot(kGates, false, H, p.group.group_rows),
+                prefetch_slots = Pairs::slots(p.group.group_rows);
   T* const exchange = p.exchange + place.global_group(p.group) * 2 * slot_size;
   GridBarrier barrier = place.barrier(p.group);
   const ThreadMath<C> math{p.group.linear};
@@ -189,7 +192,8 @@ persistent_forward_kernel(const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
         const C* const from = d.gates_x + (first + row) * (kGates * H) + unit;
 #pragma unroll
         for (int g = 0; g < kGates; ++g)
-          copy_async<int(sizeof(C))>(prefetch + g * prefetch_slots + Pairs::slot(pass, i), from + g * H);
+          copy_async<int(sizeof(C))>(prefetch + g * prefetch_slots + Pairs::slot(pass, i),
+                                     from + g * H);
       }
     copy_async_commit();
   };
@@ -256,8 +260,8 @@ persistent_forward_kernel(const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
                                      Shape::kTiling.slots, kRows * stride) +
                          b_hh[g];
         }
-        const T stored = from_compute<T>(
-            Cell::forward(math, x, recurrent, h[pass][i], c[pass][i], saved));
+        const T stored =
+            from_compute<T>(Cell::forward(math, x, recurrent, h[pass][i], c[pass][i], saved));
         h[pass][i] = to_compute(stored);
         const int64_t b = place.first_row + row;
         p.y.at(shape, t, b)[place.direction * H + unit] = stored;
@@ -291,7 +295,8 @@ persistent_forward_kernel(const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
     }
 }
 
-// --- Backward -------------------------------------------------------------------------------------
+// --- Backward
+// -------------------------------------------------------------------------------------
 
 template <class T>
 struct PersistentBackward {
@@ -317,8 +322,8 @@ struct PersistentBackward {
 // Position s undoes the direction's last positions first. What is exchanged are the gate gradients:
 // dL/dh of a unit needs those of all units.
 template <class Cell, class T>
-RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void
-persistent_backward_kernel(const RNN_EXT_GRID_CONSTANT PersistentBackward<T> p) {
+RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persistent_backward_kernel(
+    const RNN_EXT_GRID_CONSTANT PersistentBackward<T> p) {
   using C = Compute<T>;
   using Shape = BlockShape<Cell, T, true>;
   using Product = typename Shape::Product;
@@ -334,8 +339,8 @@ persistent_backward_kernel(const RNN_EXT_GRID_CONSTANT PersistentBackward<T> p) 
   C* const partial = dynamic_shared<C>(size_t(p.group.shared.partial));
   C* const prefetch = dynamic_shared<C>(size_t(p.group.shared.prefetch));
   const int stride = p.group.shared.partial_stride;
-  const int64_t slot_size =
-      exchange_slot(kGates, true, H, p.group.group_rows), prefetch_slots = Pairs::slots(p.group.group_rows);
+  const int64_t slot_size = exchange_slot(kGates, true, H, p.group.group_rows),
+                prefetch_slots = Pairs::slots(p.group.group_rows);
   T* const exchange = p.exchange + place.global_group(p.group) * 2 * slot_size;
   GridBarrier barrier = place.barrier(p.group);
   const ThreadMath<C> math{p.group.linear};

@@ -34,17 +34,17 @@ constexpr Device kDevices[] = {
      128, 2, 256},
 };
 
-constexpr double kL2Cycles = 270;         // from a load to its value
-constexpr double kBarrierTrips = 4;       // to L2: the last store, the release, the poll that sees it
-constexpr double kCyclesPerArrival = 2;   // additions to one counter are done one by one
-constexpr double kL2BytesPerClock = 64;   // into one SM
+constexpr double kL2Cycles = 270;    // from a load to its value
+constexpr double kBarrierTrips = 4;  // to L2: the last store, the release, the poll that sees it
+constexpr double kCyclesPerArrival = 2;  // additions to one counter are done one by one
+constexpr double kL2BytesPerClock = 64;  // into one SM
 constexpr double kSharedBytesPerClock = 128;
-constexpr double kPassCycles = 300;       // partial sums through shared memory, activations, stores
-constexpr double kPairCycles = 60;        // for every further unit and row of a thread
+constexpr double kPassCycles = 300;  // partial sums through shared memory, activations, stores
+constexpr double kPairCycles = 60;   // for every further unit and row of a thread
 constexpr double kLaunchSeconds = 2.5e-6;  // between kernels of a stream
 constexpr double kCooperativeSeconds = 8e-6;
-constexpr double kProductShare = 0.6;  // of the peak that a large product reaches
-constexpr double kMmaShare = 0.5;      // of the peak that mma.sync reaches on its own
+constexpr double kProductShare = 0.6;      // of the peak that a large product reaches
+constexpr double kMmaShare = 0.5;          // of the peak that mma.sync reaches on its own
 constexpr int64_t kReservedShared = kKiB;  // of a block, by the driver
 constexpr int64_t kMaxProjectionBytes = 256 * kMiB;
 
@@ -69,9 +69,9 @@ struct Sizes {
 
 double peak(const PlanInput& in) {  // multiply-adds per second of the device
   const Device& d = in.device;
-  const double per_clock = is_narrow(in.dtype)               ? d.fma_tensor
+  const double per_clock = is_narrow(in.dtype)           ? d.fma_tensor
                            : in.dtype == DType::kFloat64 ? d.fma_f64
-                                                             : d.fma_f32;
+                                                         : d.fma_f32;
   return per_clock * double(d.sms) * d.clock;
 }
 
@@ -87,7 +87,7 @@ double large_products(const PlanInput& in) {
   const Sizes s(in);
   const double gate_rows = double(s.gates * s.H), N = double(s.N);
   double seconds = product_seconds(in, N, gate_rows, double(s.I));  // forward x, backward dW_ih
-  if (in.backward)  // dx, dW_hh
+  if (in.backward)                                                  // dx, dW_hh
     seconds += product_seconds(in, N, double(s.I), gate_rows) +
                product_seconds(in, gate_rows, double(s.R), N);
   return seconds * double(s.D);
@@ -107,10 +107,9 @@ double floor_seconds(const PlanInput& in) {
   const Sizes s(in);
   const double fma = double(s.N) * double(s.gates * s.H) * double(s.R) * double(s.D);
   const double weights = double(s.gates * s.H * (s.I + s.R) * s.D * s.e);
-  const double arithmetic =
-      large_products(in) * kProductShare + fma / peak(in);
-  const double traffic =
-      (weights + double(s.N * s.I * s.e) + streamed_bytes(in) * double(s.T)) / in.device.memory_rate;
+  const double arithmetic = large_products(in) * kProductShare + fma / peak(in);
+  const double traffic = (weights + double(s.N * s.I * s.e) + streamed_bytes(in) * double(s.T)) /
+                         in.device.memory_rate;
   // A step follows the other: where W_hh needs more than one SM, what one has stored the others
   // load.
   const bool alone = s.gates * s.H * s.R * s.e <= in.device.shared_per_block;
@@ -131,7 +130,7 @@ Costs persistent_costs(const PlanInput& in, const Plan& plan) {
   const bool narrow = is_narrow(in.dtype);
   const Tiling t = tiling(s.gates, in.backward, narrow);
   const double depth_bytes = double(depth(s.gates, in.backward, s.H) * s.e);
-  const double launches = double(s.D / plan.directions_at_once);  // one after the other
+  const double launches = double(s.D / plan.directions_at_once);    // one after the other
   const double sharing = double(blocks_of(plan.grid, device.sms));  // blocks of an SM
   const double rows = double(rounded_up(plan.group_rows, kRowTile));
   const double passes = double(blocks_of(plan.group_rows, kPassRows));
@@ -146,16 +145,17 @@ Costs persistent_costs(const PlanInput& in, const Plan& plan) {
   costs.exchange = steps * (kL2Cycles / device.clock +
                             std::max(read * sharing / (kL2BytesPerClock * device.clock),
                                      read * double(plan.grid) / device.l2_rate));
-  costs.barrier = steps * (kBarrierTrips * kL2Cycles + kCyclesPerArrival * plan.unit_blocks) /
-                  device.clock;
-  // Weights are read from shared memory once for each pass, without tensor cores for every few rows.
+  costs.barrier =
+      steps * (kBarrierTrips * kL2Cycles + kCyclesPerArrival * plan.unit_blocks) / device.clock;
+  // Weights are read from shared memory once for each pass, without tensor cores for every few
+  // rows.
   const double weight_reads = narrow ? passes : rows / (in.dtype == DType::kFloat64 ? 2 : 4);
   const double fma = double(t.rows()) * depth_bytes / double(s.e) * rows;
   const double rate = peak(in) / double(device.sms) * (narrow ? kMmaShare : 1.0);
-  costs.multiply =
-      steps * sharing *
-      std::max(double(t.rows()) * depth_bytes * weight_reads / (kSharedBytesPerClock * device.clock),
-               fma / rate);
+  costs.multiply = steps * sharing *
+                   std::max(double(t.rows()) * depth_bytes * weight_reads /
+                                (kSharedBytesPerClock * device.clock),
+                            fma / rate);
   const double pairs = rows * t.units / kThreads;
   costs.cell = steps * ((passes * kPassCycles + pairs * kPairCycles * sharing) / device.clock +
                         streamed_bytes(in) / launches / device.memory_rate);
@@ -171,10 +171,10 @@ Costs stepwise_costs(const PlanInput& in) {
   const bool cached = weights <= double(device.l2_bytes) / 2;
   Costs costs;
   costs.products = large_products(in);
-  costs.start = 2 * kLaunchSeconds;
-  costs.multiply =
-      steps * std::max(weights / (cached ? device.l2_rate : device.memory_rate),
-                       double(s.N) / double(s.T) * weights / double(s.e) / (peak(in) * kProductShare));
+  costs.start = 2 * kLaunchSeconds + double(s.D) * weights / device.memory_rate;  // the first time
+  costs.multiply = steps * std::max(weights / (cached ? device.l2_rate : device.memory_rate),
+                                    double(s.N) / double(s.T) * weights / double(s.e) /
+                                        (peak(in) * kProductShare));
   costs.barrier = steps * kernels * kLaunchSeconds;
   costs.cell = double(s.T) * streamed_bytes(in) / device.memory_rate;
   return costs;
@@ -208,6 +208,7 @@ Plan plan_persistent(const PlanInput& in) {
   const Device& device = in.device;
   const bool narrow = is_narrow(in.dtype);
   if (device.capability < 75) return refused(in, "compute capability below 7.5");
+  if (!device.cooperative) return refused(in, "the device has no cooperative launches");
   if (narrow && device.capability < 80)
     return refused(in, "tensor cores before compute capability 8.0");
   if (in.shape.proj_size > 0) return refused(in, "a projection is a second product in each step");
@@ -217,14 +218,13 @@ Plan plan_persistent(const PlanInput& in) {
   for (int together = int(s.D); together >= 1; --together) {
     for (int64_t groups = blocks_of(s.B, kMaxGroupRows); groups <= blocks_of(s.B, kRowTile);
          ++groups) {
-      const int64_t rows =
-          groups == 1 ? s.B : rounded_up(blocks_of(s.B, groups), kRowTile);
+      const int64_t rows = groups == 1 ? s.B : rounded_up(blocks_of(s.B, groups), kRowTile);
       if (blocks_of(s.B, rows) != groups) continue;  // the last ones would be empty
       const int64_t shared =
           shared_layout(s.gates, s.saved, in.backward, in.dtype, s.H, rows).bytes;
-      const int64_t per_sm = std::min<int64_t>(
-          {device.shared_per_sm / (shared + kReservedShared), device.threads_per_sm / kThreads,
-           kBlocksByRegisters});
+      const int64_t per_sm =
+          std::min<int64_t>({device.shared_per_sm / (shared + kReservedShared),
+                             device.threads_per_sm / kThreads, kBlocksByRegisters});
       const int64_t grid = unit_blocks * groups * together;
       if (shared > device.shared_per_block || grid > per_sm * device.sms) continue;
       Plan plan;
@@ -256,6 +256,21 @@ const Device* find_device(const char* name) {
   for (const Device& device : kDevices)
     if (std::strcmp(device.name, name) == 0) return &device;
   return nullptr;
+}
+
+Device with_rates(Device limits) {
+  const Device* like = kDevices;
+  for (const Device& device : kDevices)
+    if (device.capability <= limits.capability) like = &device;
+  Device device = limits;
+  device.name = like->name;
+  if (device.clock <= 0) device.clock = like->clock;
+  device.memory_rate = like->memory_rate;
+  device.l2_rate = like->l2_rate;
+  device.fma_f32 = like->fma_f32;
+  device.fma_f64 = like->fma_f64;
+  device.fma_tensor = like->fma_tensor;
+  return device;
 }
 
 Plan make_plan(const PlanInput& in, Method method) {
@@ -292,8 +307,8 @@ Workspace workspace(const PlanInput& in, const Plan& plan) {
   w.offsets = take((s.T + 1) * 8, packed);
   if (persistent) {
     w.counters_bytes = s.D * plan.groups * kCounterBytes;
-    w.exchange_bytes = s.D * plan.groups * 2 *
-                       exchange_slot(s.gates, in.backward, s.H, plan.group_rows) * s.e;
+    w.exchange_bytes =
+        s.D * plan.groups * 2 * exchange_slot(s.gates, in.backward, s.H, plan.group_rows) * s.e;
     w.counters = take(w.counters_bytes);
     w.exchange = take(w.exchange_bytes);
   }

@@ -17,17 +17,21 @@ struct Device {
   int64_t registers_per_sm = 65536;
   int64_t threads_per_sm = 2048;
   int64_t l2_bytes = 0;
-  double l2_rate = 0;       // bytes/s, all multiprocessors together
-  double clock = 0;         // Hz
-  double memory_rate = 0;   // bytes/s
-  double fma_f32 = 0;       // multiply-adds per clock and SM
+  double l2_rate = 0;      // bytes/s, all multiprocessors together
+  double clock = 0;        // Hz
+  double memory_rate = 0;  // bytes/s
+  double fma_f32 = 0;      // multiply-adds per clock and SM
   double fma_f64 = 0;
   double fma_tensor = 0;    // f16 and bf16 with f32 sums, as large products reach them
+  bool cooperative = true;  // can a launch have all its blocks resident?
 };
 
 // Tables by name: v100 t4 a100 rtx3090 rtx4090 h100 b200 rtx5090. Null if there is no such name.
 const Device* find_device(const char* name);
 const Device* known_devices(int& count);
+// A device of which the driver told the limits and the clock, with the rates of the table's device
+// that is nearest to it: the newest one of no higher compute capability.
+Device with_rates(Device limits);
 
 enum class Method : int {
   kRefused = 0,    // the engine does not run on this device
@@ -52,7 +56,7 @@ struct Costs {
   double exchange = 0;  // the rest: all steps together. State read from L2, ...
   double barrier = 0;
   double multiply = 0;
-  double cell = 0;      // ... sums of partial sums, activations, what is stored
+  double cell = 0;  // ... sums of partial sums, activations, what is stored
 
   double total() const { return products + start + exchange + barrier + multiply + cell; }
 };
@@ -90,13 +94,13 @@ struct Workspace {
   int64_t counters_bytes = 0;
   int64_t exchange = 0;  // (directions, groups, 2, slot) T
   int64_t exchange_bytes = 0;
-  int64_t x = 0;        // (rows of a chunk, I) T: x in time order where it is not so already
-  int64_t gates_x = 0;  // forward (directions, rows of a chunk, G*H) C: W_ih x_t
-  int64_t gates_h = 0;  // forward, stepwise: (B, G*H) C: W_hh h_{t-1}
-  int64_t state = 0;    // forward: (directions, B, H) C: c. Backward: dL/dc
-  int64_t hidden = 0;   // stepwise with projection: forward (B, H) T, backward (N, H) T
-  int64_t carry = 0;    // backward: (directions, B, R) C: dL/dh without the product
-  int64_t product = 0;  // backward, stepwise: (B, max(R, H)) C
+  int64_t x = 0;         // (rows of a chunk, I) T: x in time order where it is not so already
+  int64_t gates_x = 0;   // forward (directions, rows of a chunk, G*H) C: W_ih x_t
+  int64_t gates_h = 0;   // forward, stepwise: (B, G*H) C: W_hh h_{t-1}
+  int64_t state = 0;     // forward: (directions, B, H) C: c. Backward: dL/dc
+  int64_t hidden = 0;    // stepwise with projection: forward (B, H) T, backward (N, H) T
+  int64_t carry = 0;     // backward: (directions, B, R) C: dL/dh without the product
+  int64_t product = 0;   // backward, stepwise: (B, max(R, H)) C
   int64_t dgates_x = 0;  // backward: (directions, N, G*H) T
   int64_t dgates_h = 0;  // the same array unless the cell tells the two apart
   int64_t dhidden = 0;   // backward with projection: (N, P) T: dL/dh after the projection

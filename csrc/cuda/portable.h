@@ -38,18 +38,11 @@
 #include <cstdint>
 
 #include "../cells/cell.h"
+#include "types.h"
 
 namespace rnn_ext::cuda {
 
 inline constexpr int kWarpSize = 32;
-
-// Storage types; arithmetic is done in float.
-struct alignas(2) Float16 {
-  uint16_t bits;
-};
-struct alignas(2) BFloat16 {
-  uint16_t bits;
-};
 
 // N values moved by one instruction.
 template <class T, int N>
@@ -72,18 +65,6 @@ inline constexpr int kVectorLength = 16 / int(sizeof(T));
 #endif
 
 namespace rnn_ext::cuda {
-
-// The type in which values of a storage type are computed.
-template <class T>
-struct ComputeType {
-  using Type = float;
-};
-template <>
-struct ComputeType<double> {
-  using Type = double;
-};
-template <class T>
-using Compute = typename ComputeType<T>::Type;
 
 RNN_EXT_DEVICE float to_compute(float v) { return v; }
 RNN_EXT_DEVICE double to_compute(double v) { return v; }

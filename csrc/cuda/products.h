@@ -1,6 +1,6 @@
 // The product of a persistent block: its weights, M x K in shared memory, by what the blocks of its
-// group exchanged, K values for each batch row. K is split among warps; each leaves its partial sums
-// in shared memory, and whoever finishes a unit adds them up in order.
+// group exchanged, K values for each batch row. K is split among warps; each leaves its partial
+// sums in shared memory, and whoever finishes a unit adds them up in order.
 #pragma once
 
 #include <cstring>
@@ -14,9 +14,9 @@ template <class T>
 inline constexpr bool kIsNarrow = sizeof(T) == 2;
 
 // On tensor cores. Both operands are stored as the lanes load them: for 32 values of K, lane (g, q)
-// with g = lane / 4 and q = lane % 4 takes values 8q .. 8q+7 of row g in one access of 16 bytes, which
-// serve two mma. That permutes K within the 32, alike in both operands, so the sums are of the same
-// terms.
+// with g = lane / 4 and q = lane % 4 takes values 8q .. 8q+7 of row g in one access of 16 bytes,
+// which serve two mma. That permutes K within the 32, alike in both operands, so the sums are of
+// the same terms.
 template <class T, int kTileRows, int kTiles>
 struct TensorCoreProduct {
   static_assert(kTileRows == 16);
@@ -51,7 +51,8 @@ struct TensorCoreProduct {
       uint32_t b[kColumnTiles][4];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n)
-        if (n < tiles) registers(load_vector_l2<T, 8>(from + (n * blocks + block) * kWarp * 8), b[n]);
+        if (n < tiles)
+          registers(load_vector_l2<T, 8>(from + (n * blocks + block) * kWarp * 8), b[n]);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         const T* const w = weights + (m * blocks + block) * 2 * kWarp * 8 + lane * 8;

@@ -39,7 +39,8 @@ RNN_EXT_DEVICE void store_values(T* to, const Compute<T> (&from)[kVector]) {
   store_vector<T, kVector>(to, v);
 }
 
-// --- Cell, forward --------------------------------------------------------------------------------
+// --- Cell, forward
+// --------------------------------------------------------------------------------
 
 // One step of one direction. All matrices have unit stride along their rows.
 template <class T>
@@ -50,10 +51,10 @@ struct CellForward {
   const C* gates_h = nullptr;         // (rows, G*H): W_hh h_{t-1}
   const T* b_ih = nullptr;            // (G*H), null without bias
   const T* b_hh = nullptr;
-  C* state = nullptr;    // (rows, H): c, read and written
-  T* h = nullptr;        // (rows, H): h_{t-1} on the way in, h_t on the way out (before a projection)
-  bool has_h = false;    // is there an h_{t-1} of this width? Not with a projection
-  T* y = nullptr;        // (rows, H) with a stride of y_stride; null: not stored here
+  C* state = nullptr;  // (rows, H): c, read and written
+  T* h = nullptr;      // (rows, H): h_{t-1} on the way in, h_t on the way out (before a projection)
+  bool has_h = false;  // is there an h_{t-1} of this width? Not with a projection
+  T* y = nullptr;      // (rows, H) with a stride of y_stride; null: not stored here
   int64_t y_stride = 0;
   C* reserve = nullptr;  // (rows, saved, padded(H)), null in inference
   bool linear = false;
@@ -111,7 +112,8 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, 1) void cell_forward_kernel(
   }
 }
 
-// --- Cell, backward -------------------------------------------------------------------------------
+// --- Cell, backward
+// -------------------------------------------------------------------------------
 
 // One position of one direction. `earlier` rows had a position before this one (a later step),
 // `now` have this one.
@@ -119,7 +121,7 @@ template <class T>
 struct CellBackward {
   using C = Compute<T>;
   int64_t earlier = 0, now = 0, hidden_size = 0, state_size = 0;  // H, R
-  C* carry = nullptr;          // (rows, R): dL/dh without the product; written: of the next position
+  C* carry = nullptr;  // (rows, R): dL/dh without the product; written: of the next position
   const C* product = nullptr;  // (earlier, R): W_hh^T dgates of the position before
   const C* dh = nullptr;       // (now, H): dL/dh before the projection; null without one
   const T* dy = nullptr;       // (now, R) with a stride of dy_stride, null means zeros
@@ -240,7 +242,8 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, 1) void cell_backward_kernel(
   }
 }
 
-// --- Moving and summing ---------------------------------------------------------------------------
+// --- Moving and summing
+// ---------------------------------------------------------------------------
 
 // to = from, or zeros without a from.
 template <class To, class From>

@@ -2,8 +2,9 @@
 // the plan and the tests share. Plain constexpr code, no CUDA.
 //
 // A block owns `units` hidden units and keeps the rows of W_hh that belong to them (backward: the
-// columns) in shared memory as a matrix of M rows and K columns. Each step it multiplies that matrix
-// by what all blocks exchanged, K values for each batch row of its group, and finishes its units.
+// columns) in shared memory as a matrix of M rows and K columns. Each step it multiplies that
+// matrix by what all blocks exchanged, K values for each batch row of its group, and finishes its
+// units.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,16 @@
 namespace rnn_ext::cuda {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
-RNN_EXT_SHARED_INLINE constexpr int64_t bytes_of(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
+RNN_EXT_SHARED_INLINE constexpr int64_t bytes_of(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
 // Of accumulators, cell states and everything a cell saves.
-RNN_EXT_SHARED_INLINE constexpr int64_t compute_bytes_of(DType t) { return t == DType::kFloat64 ? 8 : 4; }
-RNN_EXT_SHARED_INLINE constexpr bool is_narrow(DType t) { return bytes_of(t) == 2; }  // on tensor cores
+RNN_EXT_SHARED_INLINE constexpr int64_t compute_bytes_of(DType t) {
+  return t == DType::kFloat64 ? 8 : 4;
+}
+RNN_EXT_SHARED_INLINE constexpr bool is_narrow(DType t) {
+  return bytes_of(t) == 2;
+}  // on tensor cores
 
 inline constexpr int kWarp = 32;
 inline constexpr int kWarps = 8;  // of a block
@@ -33,8 +40,12 @@ inline constexpr int kBlocksByRegisters = 1;
 // A barrier counter has a line of its own.
 inline constexpr int64_t kCounterBytes = 128;
 
-RNN_EXT_SHARED_INLINE constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-RNN_EXT_SHARED_INLINE constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+RNN_EXT_SHARED_INLINE constexpr int64_t rounded_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+RNN_EXT_SHARED_INLINE constexpr int64_t blocks_of(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
 
 // Forward: the gates of the units are the rows, so the tensor cores' 16 rows are filled by weights
 // and a small batch wastes little. Backward: the units themselves are.
@@ -42,7 +53,9 @@ RNN_EXT_SHARED_INLINE constexpr int units_of_block(int gates, bool backward, boo
   return backward ? (narrow ? 16 : 8) : gates == 1 ? 16 : 8;
 }
 // Rows of a warp's tile.
-RNN_EXT_SHARED_INLINE constexpr int tile_rows(bool backward, bool narrow) { return backward && !narrow ? 8 : 16; }
+RNN_EXT_SHARED_INLINE constexpr int tile_rows(bool backward, bool narrow) {
+  return backward && !narrow ? 8 : 16;
+}
 
 struct Tiling {
   int units, tile_rows, tiles;  // tiles * tile_rows = M
@@ -65,7 +78,9 @@ RNN_EXT_SHARED_INLINE constexpr int64_t depth(int gates, bool backward, int64_t 
 }
 
 // Values of compute type that a block fetches ahead for each unit and row.
-RNN_EXT_SHARED_INLINE constexpr int prefetched(int gates, int saved, bool backward) { return backward ? saved : gates; }
+RNN_EXT_SHARED_INLINE constexpr int prefetched(int gates, int saved, bool backward) {
+  return backward ? saved : gates;
+}
 
 // Shared memory of a block, in this order. All parts are multiples of 16 bytes.
 struct SharedLayout {
@@ -73,22 +88,23 @@ struct SharedLayout {
   int partial_stride;                // elements between rows of partial sums
 };
 
-RNN_EXT_SHARED_INLINE constexpr SharedLayout shared_layout(int gates, int saved, bool backward, DType dtype,
-                                     int64_t hidden_size, int64_t group_rows) {
+RNN_EXT_SHARED_INLINE constexpr SharedLayout shared_layout(int gates, int saved, bool backward,
+                                                           DType dtype, int64_t hidden_size,
+                                                           int64_t group_rows) {
   const Tiling t = tiling(gates, backward, is_narrow(dtype));
   const int64_t pass_rows = group_rows < kPassRows ? rounded_up(group_rows, kRowTile) : kPassRows;
   SharedLayout s{};
   s.partial_stride = int(pass_rows) + kPartialPad;
   s.partial = t.rows() * depth(gates, backward, hidden_size) * bytes_of(dtype);
-  s.prefetch =
-      s.partial + t.slots * t.rows() * int64_t(s.partial_stride) * compute_bytes_of(dtype);
+  s.prefetch = s.partial + t.slots * t.rows() * int64_t(s.partial_stride) * compute_bytes_of(dtype);
   const int64_t pairs = rounded_up(group_rows, kPassRows) * t.units;
   s.bytes = s.prefetch + pairs * prefetched(gates, saved, backward) * compute_bytes_of(dtype);
   return s;
 }
 
 // The exchange: two slots, of even and odd steps, of K values for each row of a group.
-RNN_EXT_SHARED_INLINE constexpr int64_t exchange_slot(int gates, bool backward, int64_t hidden_size, int64_t group_rows) {
+RNN_EXT_SHARED_INLINE constexpr int64_t exchange_slot(int gates, bool backward, int64_t hidden_size,
+                                                      int64_t group_rows) {
   return depth(gates, backward, hidden_size) * rounded_up(group_rows, kRowTile);
 }
 

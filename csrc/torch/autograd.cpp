@@ -267,5 +267,6 @@ TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) { m.impl("recurrent", recurrent_autogra
 TORCH_LIBRARY_IMPL(rnn_ext, FuncTorchBatched, m) { m.impl("recurrent", recurrent_composite); }
 
 TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) { m.impl("recurrent", recurrent_autocast); }
+TORCH_LIBRARY_IMPL(rnn_ext, AutocastCUDA, m) { m.impl("recurrent", recurrent_autocast); }
 
 }  // namespace rnn_ext

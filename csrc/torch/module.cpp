@@ -10,6 +10,7 @@
 
 #include <cstdlib>
 
+#include "../cuda/plan.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -66,6 +67,12 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+#if defined(RNN_EXT_CUDA_VERSION)
+  info["cuda"] = RNN_EXT_CUDA_VERSION;
+  info["cuda_architectures"] = RNN_EXT_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+#endif
   return info;
 }
 
@@ -110,6 +117,72 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   info["directions_in_turn"] = p.directions_in_turn;
   info["predicted_step_us"] = p.step_seconds * 1e6;
   info["reason"] = p.reason;
+  return info;
+}
+
+std::vector<std::string> cuda_devices() {
+  int count = 0;
+  const cuda::Device* devices = cuda::known_devices(count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(devices[i].name);
+  return names;
+}
+
+cuda::DType cuda_dtype(const std::string& name) {
+  if (name == "float32") return cuda::DType::kFloat32;
+  if (name == "float64") return cuda::DType::kFloat64;
+  if (name == "float16") return cuda::DType::kFloat16;
+  if (name == "bfloat16") return cuda::DType::kBFloat16;
+  throw py::value_error("dtype must be float32, float64, float16 or bfloat16, got '" + name + "'");
+}
+
+// What the CUDA engine would do on a device of the tables, predicted. No GPU is asked.
+py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size,
+                   int64_t hidden_size, int64_t proj_size, int directions, const std::string& dtype,
+                   bool backward, bool training, const std::string& device) {
+  if (steps < 1 || batch < 1 || input_size < 1 || hidden_size < 1 || proj_size < 0 ||
+      directions < 1 || directions > kMaxDirections)
+    throw py::value_error("sizes must be positive, directions 1 or 2");
+  const cuda::Device* const model = cuda::find_device(device.c_str());
+  if (!model)
+    throw py::value_error("no device model '" + device +
+                          "'; choose from: " + joined(cuda_devices()));
+  cuda::PlanInput input;
+  input.shape.cell = cell_kind(cell);
+  input.shape.steps = steps;
+  input.shape.batch = batch;
+  input.shape.input_size = input_size;
+  input.shape.hidden_size = hidden_size;
+  input.shape.proj_size = proj_size;
+  input.shape.directions = directions;
+  input.dtype = cuda_dtype(dtype);
+  input.backward = backward;
+  input.save_reserve = training;
+  input.device = *model;
+  const cuda::Plan p = cuda::make_plan(input);
+  py::dict info;
+  info["method"] = p.method == cuda::Method::kPersistent ? "persistent"
+                   : p.method == cuda::Method::kStepwise ? "stepwise"
+                                                         : "refused";
+  info["reason"] = p.reason;
+  info["units_per_block"] = p.units;
+  info["groups"] = p.groups;
+  info["group_rows"] = p.group_rows;
+  info["directions_at_once"] = p.directions_at_once;
+  info["grid"] = p.grid;
+  info["shared_bytes"] = p.shared_bytes;
+  info["chunk_steps"] = p.chunk_steps;
+  info["workspace_bytes"] = p.workspace_bytes;
+  py::dict seconds;
+  seconds["products"] = p.costs.products;
+  seconds["start"] = p.costs.start;
+  seconds["exchange"] = p.costs.exchange;
+  seconds["barrier"] = p.costs.barrier;
+  seconds["multiply"] = p.costs.multiply;
+  seconds["cell"] = p.costs.cell;
+  info["seconds"] = seconds;
+  info["total_seconds"] = p.costs.total();
+  info["floor_seconds"] = p.floor_seconds;
   return info;
 }
 
@@ -250,6 +323,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1,
         py::arg("dtype") = "float32", py::arg("backward") = false, py::arg("threads") = 0);
+  m.def("cuda_devices", &cuda_devices);
+  m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
+        py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
+        py::arg("directions") = 1, py::arg("dtype") = "float32", py::arg("backward") = false,
+        py::arg("training") = false, py::arg("device") = "h100");
   m.def("linear_activations", &linear_activations);
   m.def("set_linear_activations", &set_linear_activations, py::arg("linear"));
   if (const char* isa = std::getenv("RNN_EXT_CPU_ISA"); isa && *isa)

@@ -6,6 +6,7 @@
 
 #include "../cpp/layers.h"
 #include "cuda/engine.h"
+#include "cuda/portable.h"
 #include "executor.h"
 
 namespace rnn_ext::cuda::testing {
@@ -103,9 +104,7 @@ class View {
     return values;
   }
   StepRows<T> rows() const { return rows_; }
-  StepRows<const T> const_rows() const {
-    return {rows_.data, rows_.step_stride, rows_.row_stride};
-  }
+  StepRows<const T> const_rows() const { return {rows_.data, rows_.step_stride, rows_.row_stride}; }
 
  private:
   template <class Visit>
@@ -122,7 +121,7 @@ class View {
 
 // The products, as plain loops.
 template <class T>
-Error multiply(void* /*context*/, const Gemm& g, Stream /*stream*/) {
+Status multiply(void* /*context*/, const Gemm& g, Stream /*stream*/) {
   const T *a = static_cast<const T*>(g.a), *b = static_cast<const T*>(g.b);
   const auto store = [&](auto* c) {
     for (int64_t i = 0; i < g.m; ++i) {
@@ -152,7 +151,7 @@ Plan run_call(const Call& call, const Way& way) {
   if (way.chunk_steps && !input.backward) plan.chunk_steps = way.chunk_steps;
   // Of the smallest type that is in it.
   host::Buffer<uint16_t> memory(size_t(workspace(input, plan).bytes) / 2, "workspace");
-  const Error error = run<T>(call, input, plan, memory.data(), {multiply<T>, nullptr}, nullptr);
+  const Status error = run<T>(call, input, plan, memory.data(), {multiply<T>, nullptr}, nullptr);
   CHECK_EQ(error, kSuccess);
   return plan;
 }

@@ -1,0 +1,71 @@
+#!/bin/sh
+# `make cuda-check`: everything about the CUDA engine that needs a GPU, into one folder.
+#
+#   PYTHON   an interpreter that has a CUDA build of torch (default: python3)
+#   CHECK_ARGS  arguments for benchmarks/gpu.py (default: the whole grid; --quick for a short run)
+#
+# Works in an environment on top of PYTHON's own, so that its torch is the one that is tested.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=$PWD/out/cuda-check/$(date +%Y%m%d-%H%M%S)
+mkdir -p "$out"
+say() { echo "cuda-check: $*" | tee -a "$out/summary.txt"; }
+
+"$python" - <<'END' || exit 1
+import sys
+try:
+    import torch
+except ImportError:
+    sys.exit("cuda-check: PYTHON has no torch; set PYTHON to an interpreter with a CUDA build of it")
+if torch.version.cuda is None:
+    sys.exit(f"cuda-check: torch {torch.__version__} is not a CUDA build; set PYTHON to one that is")
+if not torch.cuda.is_available():
+    sys.exit("cuda-check: torch sees no GPU; nothing was checked")
+END
+
+venv=out/cuda-check/.venv
+[ -x $venv/bin/python ] || "$python" -m venv --system-site-packages $venv || exit 1
+$venv/bin/python -m pip install --quiet --disable-pip-version-check \
+  cmake ninja "pybind11>=2.13" "setuptools>=77" pytest hypothesis numpy matplotlib || exit 1
+
+$venv/bin/python - > "$out/environment.txt" <<'END'
+import platform, torch
+print("python", platform.python_version())
+print("torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
+for i in range(torch.cuda.device_count()):
+    print(torch.cuda.get_device_properties(i))
+END
+nvidia-smi >> "$out/environment.txt" 2>&1
+git rev-parse HEAD >> "$out/environment.txt" 2>/dev/null
+
+failed=0
+step() { # name, command...
+  name=$1
+  shift
+  if "$@" > "$out/$name.log" 2>&1; then say "$name: passed"; else
+    say "$name: FAILED, see $out/$name.log"
+    failed=1
+  fi
+}
+
+export RNN_EXT_NEEDS_GPU=1 PYTHONPATH="$PWD"
+RNN_EXT_CUDA=1 step build $venv/bin/python setup.py build_ext --inplace
+[ $failed = 0 ] || exit 1
+step info $venv/bin/python -m rnn_ext info
+step tests-gpu $venv/bin/python -m pytest tests/test_cuda.py -p no:cacheprovider -ra
+step tests-cpu $venv/bin/python -m pytest tests --ignore tests/test_cuda.py -p no:cacheprovider -q
+if command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    step sanitizer-$tool compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
+      $venv/bin/python -m pytest tests/test_cuda.py -p no:cacheprovider -q \
+      -k "(test_like_cudnn and given_state) or test_projection"
+  done
+else
+  say "compute-sanitizer: not installed, not run"
+fi
+# shellcheck disable=SC2086  # several arguments in one variable
+step benchmark $venv/bin/python benchmarks/gpu.py --json "$out/gpu.json" \
+  --markdown "$out/gpu.md" --png "$out/gpu.png" ${CHECK_ARGS:-}
+say "results in $out"
+exit $failed

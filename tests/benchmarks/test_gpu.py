@@ -1,0 +1,103 @@
+"""benchmarks/gpu.py: everything but the device."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import gpu
+import rnn_ext
+from rnn_ext._bench import Case
+
+CPU = torch.device("cpu")
+
+
+def small(cell: str = "LSTM", mode: str = "inference", steps: int = 40, **keywords) -> Case:
+    return Case(cell, 2, steps, 5, 6, mode, **keywords)
+
+
+def test_grid_is_the_one_that_was_asked_for():
+    cases = list(gpu.grid())
+    assert len(cases) == len(set(cases)) == 3 * 3 * 5 * 3 * 6 * 2
+    assert {case.dtype for case in cases} == {torch.float32, torch.float16, torch.bfloat16}
+    assert {case.mode for case in cases} == {"inference", "training"}
+    assert 0 < sum(map(gpu.quick, cases)) < len(cases) / 10
+
+
+@pytest.mark.parametrize("cell", gpu.CELLS)
+@pytest.mark.parametrize("mode", gpu.MODES)
+def test_all_sides_are_given_the_same_work(cell, mode):
+    case = small(cell, mode)
+    sides = gpu.build_sides(case, CPU, seed=3)
+    assert set(sides) == {gpu.BASELINE, gpu.OURS}  # too many steps for a compiled loop
+    ours, theirs = sides[gpu.OURS], sides[gpu.BASELINE]
+    assert isinstance(ours.module, getattr(rnn_ext, cell))
+    assert type(theirs.module) is getattr(nn, cell)
+    assert torch.equal(ours.input, theirs.input)
+    assert ours.input.requires_grad == (mode == "training")
+    for a, b in zip(ours.parameters, theirs.parameters, strict=True):
+        assert torch.equal(a, b)
+        assert a is not b
+    assert not gpu.wrong_results(case, CPU)
+
+
+def test_another_seed_is_another_buffer():
+    first, second = (gpu.build_sides(small(), CPU, seed)[gpu.OURS] for seed in (1, 2))
+    assert not torch.equal(first.input, second.input)
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    right = rnn_ext.GRU.forward
+
+    def wrong(*arguments, **keywords):
+        output, h_n = right(*arguments, **keywords)
+        return output, h_n * 1.01
+
+    monkeypatch.setattr(rnn_ext.GRU, "forward", wrong)
+    row = gpu.measure(small("GRU"), CPU, rounds=2, model=None)
+    assert gpu.OURS not in row.seconds
+    assert "h_n" in row.wrong[gpu.OURS][0]
+    assert math.isnan(row.ratio)
+    assert "WRONG" in gpu.markdown([row], "title")
+
+
+def test_buffers_outgrow_the_cache():
+    workload = gpu.build_sides(small(), CPU, seed=1)[gpu.BASELINE]
+    assert gpu.buffers_for(workload, 0) == 1
+    assert gpu.buffers_for(workload, 10**9) == gpu.MAX_BUFFERS
+    counts = [gpu.buffers_for(workload, n * workload.bytes) for n in range(5)]
+    assert all(a <= b for a, b in pairwise(counts))
+    assert counts[2] == 4
+
+
+def test_times_are_of_one_call(monkeypatch):
+    monkeypatch.setattr(gpu, "buffers_for", lambda *_: 4)
+    monkeypatch.setattr(gpu, "seconds_on_host", lambda _: 8.0)
+    row = gpu.measure(small(), CPU, rounds=3, model="h100")
+    assert row.seconds == {gpu.BASELINE: 2.0, gpu.OURS: 2.0}
+    assert row.ratio == 1
+    assert 0 < row.floor_share < 1
+
+
+def test_reports(tmp_path, capsys):
+    paths = [tmp_path / name for name in ("gpu.json", "gpu.md", "gpu.png")]
+    kinds = ("json", "markdown", "png")
+    options = [f"--{kind}={path}" for kind, path in zip(kinds, paths, strict=True)]
+    cases = [small("LSTM"), small("GRU", "training")]
+    assert gpu.main(["--device", "cpu", "--rounds", "2", *options], cases) == 0
+    assert capsys.readouterr().out.count("x\n") == 2
+    rows = json.loads(paths[0].read_text())["rows"]
+    assert [row["cell"] for row in rows] == ["LSTM", "GRU"]
+    assert paths[1].read_text().count("| GRU float32 B2 T40 H6 training |") == 1
+    assert paths[2].stat().st_size > 1000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_said_and_nothing_measured(capsys):
+    assert gpu.main([]) == 2
+    assert "no GPU is available" in capsys.readouterr().err

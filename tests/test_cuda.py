@@ -1,0 +1,208 @@
+"""The CUDA kernels on a GPU. `make cuda-check` runs these with RNN_EXT_NEEDS_GPU=1, which makes a
+missing GPU a failure; elsewhere they are skipped. What can be proved without one is in
+tests/cuda_host and tests/cuda."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn_ext
+from rnn_ext._bench import Case, Workload, compare_all
+
+BUILT = rnn_ext._C.build_info()["cuda"] is not None
+HERE = BUILT and torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not HERE and os.environ.get("RNN_EXT_NEEDS_GPU") != "1",
+    reason="no CUDA kernels were built, or there is no GPU",
+)
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+CELLS = ["RNN", "LSTM", "GRU"]
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """torch's float32 is a reference only without TF32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_gpu(case: Case, module: nn.RNNBase, device: str = "cuda") -> Workload:
+    workload = Workload(case, module.to(device))
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+    workload.input = move(workload.input)
+    workload.grad_output = move(workload.grad_output)
+    workload.initial_state = tuple(map(move, workload.initial_state))
+    if workload.initial_state:
+        state = workload.initial_state
+        workload.hx = state if case.cell == "LSTM" else state[0]
+    return workload
+
+
+def pair(case: Case, device: str = "cuda") -> tuple[Workload, Workload]:
+    torch.manual_seed(0)
+    theirs, ours = case.build_module(nn), case.build_module(rnn_ext)
+    ours.load_state_dict(theirs.state_dict())
+    return on_gpu(case, ours, device), on_gpu(case, theirs, device)
+
+
+def check(case: Case, device: str = "cuda") -> None:
+    ours, theirs = pair(case, device)
+    (deviations,) = compare_all(
+        case, {"ours": ours}, theirs, make=lambda case, module: on_gpu(case, module, device)
+    ).values()
+    assert [str(d) for d in deviations if not d.within] == []
+
+
+SHAPES = [
+    {"batch": 1, "steps": 1, "input_size": 3, "hidden_size": 1},
+    {"batch": 3, "steps": 11, "input_size": 7, "hidden_size": 19, "given_state": True},
+    {"batch": 16, "steps": 30, "input_size": 64, "hidden_size": 256},
+    {"batch": 130, "steps": 5, "input_size": 33, "hidden_size": 70, "bidirectional": True},
+    {"batch": 5, "steps": 12, "input_size": 8, "hidden_size": 40, "packed": True},
+    {"batch": 5, "steps": 12, "input_size": 8, "hidden_size": 40, "packed": True,
+     "bidirectional": True, "num_layers": 2},
+    {"batch": 2, "steps": 4, "input_size": 16, "hidden_size": 2100},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_like_cudnn(cell, dtype, shape, mode):
+    check(Case(cell, mode=mode, dtype=dtype, **shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_projection(dtype):
+    check(Case("LSTM", 4, 9, 6, 24, "training", proj_size=5, bidirectional=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_like_the_cpu_engine(cell):
+    case = Case(cell, 4, 20, 12, 40, "training", num_layers=2, bidirectional=True)
+    torch.manual_seed(0)
+    module = case.build_module(rnn_ext)
+    cpu = Workload(case, module).results()
+    copy = case.build_module(rnn_ext)
+    copy.load_state_dict(module.state_dict())
+    for name, value in on_gpu(case, copy).results().items():
+        torch.testing.assert_close(value.cpu(), cpu[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck(cell, packed):
+    module = getattr(rnn_ext, cell)(3, 4, bidirectional=True, dtype=torch.float64, device="cuda")
+    x = torch.randn(4, 3, 3, dtype=torch.float64, device="cuda", requires_grad=True)
+
+    def run(x, *_):
+        sequence = pack_padded_sequence(x, [4, 2, 1]) if packed else x
+        output, _ = module(sequence)
+        return output.data if packed else output
+
+    assert torch.autograd.gradcheck(run, (x, *module.parameters()))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_the_same_every_time(cell, dtype):
+    ours, _ = pair(Case(cell, 16, 50, 64, 128, "training", dtype=dtype, bidirectional=True))
+    first = {name: value.clone() for name, value in ours.results().items()}
+    for _ in range(5):
+        for name, value in ours.results().items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_callers_stream():
+    """Work is queued behind what the caller's stream holds, on that stream."""
+    ours, _ = pair(Case("LSTM", 4, 20, 32, 64))
+    expected = ours()[0].clone()
+    ours.input.data.zero_()
+    source = torch.empty_like(ours.input)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        source.copy_(pair(Case("LSTM", 4, 20, 32, 64))[0].input, non_blocking=True)
+        ours.input.data.copy_(source)
+        output = ours()[0]
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+def test_two_streams_at_once():
+    cases = [Case("LSTM", 8, 100, 64, 256), Case("GRU", 8, 100, 64, 256)]
+    sides = [pair(case)[0] for case in cases]
+    expected = [side()[0].clone() for side in sides]
+    streams = [torch.cuda.Stream() for _ in sides]
+    torch.cuda.synchronize()
+    outputs = []
+    for _, (side, stream) in itertools.product(range(10), zip(sides, streams, strict=True)):
+        with torch.cuda.stream(stream):
+            outputs.append(side()[0])
+    torch.cuda.synchronize()
+    for i, output in enumerate(outputs):
+        assert torch.equal(output, expected[i % 2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_graph_capture(packed, mode):
+    """One captured call replays with new inputs: nothing of the host's memory is read again."""
+    case = Case("LSTM", 4, 20, 32, 64, mode, packed=packed)
+    ours, _ = pair(case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ours()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ours()[0]
+    for _ in range(3):
+        with torch.no_grad():
+            ours.input.copy_(torch.randn_like(ours.input))
+        graph.replay()
+        assert torch.equal(captured, ours()[0])
+
+
+def test_no_synchronization():
+    ours, _ = pair(Case("LSTM", 4, 20, 32, 64, "training", packed=False))
+    ours()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    module = rnn_ext.LSTM(8, 16, device="cuda")
+    x = torch.randn(5, 3, 8, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype=dtype):
+        output, _ = module(x)
+    assert output.dtype == dtype
+    output.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert module.weight_hh_l0.grad.dtype == torch.float32
+
+
+def test_other_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    check(Case("GRU", 3, 11, 7, 19, "training"), device="cuda:1")
+    assert torch.cuda.current_device() == 0
