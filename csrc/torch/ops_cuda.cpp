@@ -108,8 +108,9 @@ class CudaBackend {
   void run_call(const Call& call) {
     const cuda::PlanInput input = cuda::plan_input<T>(call, device_at(device_.index()));
     const cuda::Plan plan = cuda::make_plan(input);
-    TORCH_CHECK(plan.method != cuda::Method::kRefused,
-                "rnn_ext does not run on this GPU: ", plan.reason);
+    // Modules go to torch.nn then.
+    TORCH_CHECK_NOT_IMPLEMENTED(plan.method != cuda::Method::kRefused,
+                                "rnn_ext does not run on this GPU: ", plan.reason);
     // Freed in stream order: the allocator hands it to nobody who is not behind us on this stream.
     const at::Tensor workspace =
         at::empty({plan.workspace_bytes}, at::TensorOptions(at::kByte).device(device_));
