@@ -17,7 +17,7 @@ BUILT := build/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-peers build wheel sdist lint format test-cpp sanitize test-aarch64 cuda-check clean
+.PHONY: help demo test bench bench-peers build wheel sdist lint format test-cpp sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,8 +73,19 @@ test-aarch64: $(DEPENDENCIES) ## The same cross-compiled for aarch64, under qemu
 	$(CMAKE) --build build/aarch64 --parallel $(JOBS)
 	$(CTEST) --test-dir build/aarch64
 
+cuda-compile: ## Compile the CUDA kernels and check registers, spills, instructions (CUDA_ARCHS="80 90")
+	$(PYTHON) tests/cuda/compile_budgets.py $(if $(CUDA_ARCHS),--archs $(CUDA_ARCHS))
+
+cuda-mutants: $(DEPENDENCIES) ## Delete each barrier and wait of the persistent CUDA kernels: does a test notice?
+	$(CMAKE) $(ENGINE) -B build/cpp
+	$(CMAKE) --build build/cpp --parallel $(JOBS) --target test_drawn_layers
+	PATH=$(CURDIR)/$(BIN):$$PATH $(PYTHON) tests/cuda_host/mutants.py build/cpp
+
 cuda-check: ## Build, test and time the CUDA engine on a GPU (PYTHON=... with a CUDA build of torch)
 	@PYTHON=$(PYTHON) CHECK_ARGS="$(CHECK_ARGS)" cmake/cuda_check.sh
+
+cuda-link-check: ## Build and load everything against a CUDA build of torch; needs nvcc, no GPU
+	@PYTHON=$(PYTHON) cmake/cuda_link_check.sh
 
 clean: ## Remove build outputs (keeps .venv)
 	rm -rf build dist out rnn_ext.egg-info rnn_ext/_C*.so rnn_ext/_build_info.py
