@@ -119,7 +119,7 @@ def cuda_definitions(torch_cuda: str | None, wish: str) -> dict[str, str]:
         return {}
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     return {
-        "CUDA_COMPILER": os.path.realpath(str(nvcc)) if os.path.islink(str(nvcc)) else str(nvcc),
+        "CUDA_COMPILER": str(nvcc),
         "CUDA_ARCHITECTURES": cuda_architectures(listed) or CUDA_ARCHITECTURES,
     }
 
@@ -155,7 +155,6 @@ class CMakeBuild(build_ext):
                 "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
                 "MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
                 "MODULE_DIR": str(module_path.parent),
-                # Empty, not absent: a build folder may remember another choice.
                 "CUDA_COMPILER": "",
                 **cuda_definitions(torch.version.cuda, os.environ.get("RNN_EXT_CUDA", "auto")),
             },
@@ -170,7 +169,8 @@ class CMakeBuild(build_ext):
         # The build folder outlives one build (setuptools' own build_temp does not, for an editable
         # install), so that every later build, also that of a wheel, compiles only what changed.
         build_type = "RelWithDebInfo" if self.debug else "Release"
-        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{build_type}"
+        kind = f"{build_type}-cuda" if definitions["CUDA_COMPILER"] else build_type
+        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{kind}"
         module_dir.mkdir(parents=True, exist_ok=True)
         cmake = find_program("cmake", "install it with `pip install cmake`")
         configure = [cmake, "-S", str(ROOT), "-B", str(build_dir)]
