@@ -1,13 +1,13 @@
 // Layers of all cells and types through the CUDA engine, both ways, on the host executor.
 #include "layer_runs.h"
 
-using namespace rnn_ext;         // NOLINT
-using namespace rnn_ext::cuda;   // NOLINT
+using namespace rnn_ext;                 // NOLINT
+using namespace rnn_ext::cuda;           // NOLINT
 using namespace rnn_ext::cuda::testing;  // NOLINT
+using rnn_ext::testing::check_near;
 using rnn_ext::testing::RandomLayer;
 using rnn_ext::testing::Reference;
 using rnn_ext::testing::Sizes;
-using rnn_ext::testing::check_near;
 
 namespace {
 
