@@ -319,7 +319,7 @@ def heat_map(rows: Sequence[Row], path: Path, title: str) -> None:
         place = names.index((row.cell, row.dtype, row.mode))
         values[place, shapes.index((row.steps, row.batch, row.hidden))] = math.log2(row.ratio)
     figure, axes = plt.subplots(figsize=(2 + 0.22 * len(shapes), 2 + 0.3 * len(names)))
-    image = axes.imshow(values, aspect="auto", cmap="RdYlGn", norm=TwoSlopeNorm(0, -2, 2))
+    image = axes.imshow(values.numpy(), aspect="auto", cmap="RdYlGn", norm=TwoSlopeNorm(0, -2, 2))
     axes.set_yticks(range(len(names)), [" ".join(name) for name in names])
     axes.set_xticks(range(len(shapes)), [f"T{t} B{b} H{h}" for t, b, h in shapes], rotation=90)
     axes.set_title(title)

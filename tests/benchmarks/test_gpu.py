@@ -46,6 +46,15 @@ def test_all_sides_are_given_the_same_work(cell, mode):
     assert not gpu.wrong_results(case, CPU)
 
 
+@pytest.mark.parametrize("cell", gpu.CELLS)
+@pytest.mark.parametrize("mode", gpu.MODES)
+def test_compiled_loop_takes_part_in_short_cases(monkeypatch, cell, mode):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes a minute
+    case = small(cell, mode, steps=3)
+    assert set(gpu.build_sides(case, CPU, seed=1)) == {gpu.BASELINE, gpu.OURS, gpu.COMPILED}
+    assert not gpu.wrong_results(case, CPU)
+
+
 def test_another_seed_is_another_buffer():
     first, second = (gpu.build_sides(small(), CPU, seed)[gpu.OURS] for seed in (1, 2))
     assert not torch.equal(first.input, second.input)
