@@ -25,9 +25,13 @@ if not torch.cuda.is_available():
 END
 
 venv=out/cuda-check/.venv
-[ -x $venv/bin/python ] || "$python" -m venv --system-site-packages $venv || exit 1
-$venv/bin/python -m pip install --quiet --disable-pip-version-check \
-  cmake ninja "pybind11>=2.13" "setuptools>=77" pytest hypothesis numpy matplotlib || exit 1
+[ -x $venv/bin/python ] || "$python" -m venv $venv || exit 1
+# The torch of PYTHON, which may itself be of a virtual environment; all else as for development.
+grep -v '^torch=' requirements-dev.txt > "$out/requirements.txt"
+"$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+  > "$(echo $venv/lib/python3*/site-packages)/torch_of_python.pth" || exit 1
+$venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$out/requirements.txt" \
+  || exit 1
 
 $venv/bin/python - > "$out/environment.txt" <<'END'
 import platform, torch
@@ -50,7 +54,8 @@ step() { # name, command...
 }
 
 export RNN_EXT_NEEDS_GPU=1 PYTHONPATH="$PWD"
-RNN_EXT_CUDA=1 step build $venv/bin/python setup.py build_ext --inplace
+PATH="$PWD/$venv/bin:$PATH" RNN_EXT_CUDA=1 \
+  step build $venv/bin/python setup.py build_ext --inplace
 [ $failed = 0 ] || exit 1
 step info $venv/bin/python -m rnn_ext info
 step tests-gpu $venv/bin/python -m pytest tests/test_cuda.py -p no:cacheprovider -ra
