@@ -9,7 +9,6 @@ set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=$PWD/out/cuda-check/$(date +%Y%m%d-%H%M%S)
-mkdir -p "$out"
 say() { echo "cuda-check: $*" | tee -a "$out/summary.txt"; }
 
 "$python" - <<'END' || exit 1
@@ -24,6 +23,7 @@ if not torch.cuda.is_available():
     sys.exit("cuda-check: torch sees no GPU; nothing was checked")
 END
 
+mkdir -p "$out"
 venv=out/cuda-check/.venv
 [ -x $venv/bin/python ] || "$python" -m venv $venv || exit 1
 # The torch of PYTHON, which may itself be of a virtual environment; all else as for development.
