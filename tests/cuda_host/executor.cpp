@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -359,8 +360,11 @@ Error run() {
   const int total = int(e.config->blocks);
   const int room = e.config->cooperative ? total : std::max(1, e.schedule.resident_blocks);
   std::vector<int> order;
+  const int sampled = e.schedule.sampled_blocks;
+  const bool all = e.config->cooperative || sampled == 0;
   for (int i = 0; i < total; ++i)
-    order.push_back(e.schedule.order == Order::kReverse ? total - 1 - i : i);
+    if (all || i < sampled || i >= total - sampled) order.push_back(i);
+  if (e.schedule.order == Order::kReverse) std::reverse(order.begin(), order.end());
   if (e.schedule.order == Order::kRandom && !e.config->cooperative)
     std::shuffle(order.begin(), order.end(), e.random);
 
@@ -405,6 +409,10 @@ void* allocate(size_t bytes, size_t granule, const char* name) {
   return executor().memory.allocate(bytes, granule, name, -1)->begin;
 }
 void release(void* memory) { executor().memory.release(memory); }
+void* allocate_virtual(size_t bytes, const char* name) {
+  return executor().memory.allocate_virtual(bytes, name);
+}
+void release_virtual(void* memory) { executor().memory.release_virtual(memory); }
 void mark_written(const void* memory, size_t bytes) {
   executor().memory.mark_written(memory, bytes);
 }

@@ -28,6 +28,8 @@ struct Schedule {
   uint64_t seed = 0;
   int preempt_every = 40;   // accesses, on average
   int resident_blocks = 2;  // of a launch that is not cooperative
+  // If not 0: of a launch that is not cooperative, run only so many blocks at either end.
+  int sampled_blocks = 0;
 };
 void set_schedule(const Schedule& schedule);
 
@@ -63,6 +65,10 @@ inline constexpr bool kInstrumented = true;
 // smallest element that two threads may access independently of each other.
 void* allocate(size_t bytes, size_t granule, const char* name);
 void release(void* memory);
+// Zeros without limit, as far as they are not touched: for sizes that no machine has. Its bounds
+// are checked; who wrote what is not known.
+void* allocate_virtual(size_t bytes, const char* name);
+void release_virtual(void* memory);
 // The host has written there (a copy to the device).
 void mark_written(const void* memory, size_t bytes);
 

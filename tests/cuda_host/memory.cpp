@@ -137,9 +137,36 @@ void Memory::release(void* memory) {
         std::max(used_, size_t(a->begin - arena_) + (a->size + kPage - 1) / kPage * kPage + kPage);
 }
 
+void* Memory::allocate_virtual(size_t bytes, const char* name) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) {
+    std::fprintf(stderr, "host executor: no address space for %zu bytes\n", bytes);
+    std::abort();
+  }
+  auto a = std::make_unique<Allocation>();
+  a->begin = static_cast<char*>(p);
+  a->size = bytes;
+  a->name = name;
+  virtual_.push_back(std::move(a));
+  return p;
+}
+
+void Memory::release_virtual(void* memory) {
+  std::erase_if(virtual_, [&](const std::unique_ptr<Allocation>& a) {
+    return a->begin == memory && munmap(a->begin, a->size) == 0;
+  });
+}
+
+Allocation* Memory::find_virtual(const void* p) const {
+  for (const auto& a : virtual_)
+    if (size_t(static_cast<const char*>(p) - a->begin) < a->size) return a.get();
+  return nullptr;
+}
+
 void Memory::mark_written(const void* memory, size_t bytes) {
   Allocation* a = find(memory);
-  if (!a || !kInstrumented || bytes == 0) return;
+  if (!a || a->cells.empty() || bytes == 0) return;
   const size_t offset = size_t(static_cast<const char*>(memory) - a->begin);
   for (size_t i = offset >> a->granule_shift; i <= (offset + bytes - 1) >> a->granule_shift; ++i) {
     a->cells[i] = Cell();
@@ -183,7 +210,7 @@ bool Memory::check(const Accessor& by, const void* p, size_t bytes, Kind kind, c
            site);
     return false;
   }
-  if (!kInstrumented) return true;
+  if (a->cells.empty()) return true;  // not instrumented, or virtual
   const size_t last = (offset + bytes - 1) >> a->granule_shift;
   for (size_t i = offset >> a->granule_shift; i <= last; ++i) {
     Cell& cell = a->cells[i];
@@ -285,7 +312,7 @@ void Memory::write(const Accessor& by, Allocation&, Cell& cell, const void* p, K
 
 void Memory::arrived(const Accessor& by, const void* p, size_t bytes, const void* site) {
   Allocation* a = find(p);
-  if (!kInstrumented) return;
+  if (a->cells.empty()) return;
   const size_t offset = size_t(static_cast<const char*>(p) - a->begin);
   for (size_t i = offset >> a->granule_shift; i <= (offset + bytes - 1) >> a->granule_shift; ++i) {
     a->cells[i].pending = false;

@@ -53,6 +53,8 @@ class Memory {
 
   Allocation* allocate(size_t bytes, size_t granule, const char* name, int block);
   void release(void* memory);
+  void* allocate_virtual(size_t bytes, const char* name);
+  void release_virtual(void* memory);
   void mark_written(const void* memory, size_t bytes);
 
   bool contains(const void* p) const {
@@ -61,7 +63,7 @@ class Memory {
   // Null if p is not inside an allocation.
   Allocation* find(const void* p) const {
     const size_t page = size_t(static_cast<const char*>(p) - arena_) / kPage;
-    return page < kArena / kPage ? pages_[page] : nullptr;
+    return page < kArena / kPage ? pages_[page] : virtual_.empty() ? nullptr : find_virtual(p);
   }
 
   void begin_launch(int block_size);
@@ -75,6 +77,7 @@ class Memory {
  private:
   static constexpr size_t kArena = size_t(1) << 30, kPage = 4096;
 
+  Allocation* find_virtual(const void* p) const;
   void read(const Accessor& by, Allocation& a, Cell& cell, const void* p, Kind kind,
             const void* site);
   void write(const Accessor& by, Allocation& a, Cell& cell, const void* p, Kind kind,
@@ -84,7 +87,7 @@ class Memory {
 
   char* arena_;
   std::vector<Allocation*> pages_;
-  std::vector<std::unique_ptr<Allocation>> live_;
+  std::vector<std::unique_ptr<Allocation>> live_, virtual_;
   size_t used_ = 0;
   uint32_t generation_ = 0;
   int block_size_ = 1;

@@ -110,9 +110,9 @@ def noticed(mutant: Mutant | None, build: Path, draws: int) -> str:
                 env={**os.environ, "RNN_EXT_DRAWS": str(draws)}, errors="replace",
             )  # fmt: skip
             if run.returncode:
-                lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-                report = re.search(r"report\.text == \"\": (.*?) (?:at |; \d)", lines[0])
-                return f"{test}: {report[1] if report else lines[0].split('] ')[-1]}"
+                reports = re.findall(r'report\.text == "": (.*) != \n', run.stderr)
+                lines = reports or run.stderr.strip().splitlines() or [str(run.returncode)]
+                return f"{test}: {re.split(' at csrc| at /', lines[0])[0]}"
     return ""
 
 

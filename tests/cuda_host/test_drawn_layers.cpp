@@ -28,7 +28,7 @@ struct Drawn {
   Way way;
 };
 
-Drawn draw(CellKind cell, Method method, std::mt19937& random) {
+Drawn draw(CellKind cell, Method method, int index, std::mt19937& random) {
   const auto below = [&](int n) { return int(random() % unsigned(n)); };
   const auto one_in = [&](int n) { return below(n) == 0; };
   Drawn d;
@@ -37,12 +37,16 @@ Drawn draw(CellKind cell, Method method, std::mt19937& random) {
   s.B = one_in(4) ? 1 : 2 + below(10);
   s.I = 1 + below(7);
   s.H = 1 + below(36);
-  if (one_in(8)) {  // more than one pass over the batch
-    s.B = 33 + below(20);
-    s.H = 1 + below(12);
-    s.T = 1 + below(3);
-  }
   s.D = 1 + below(2);
+  Way& way = d.way;
+  // So few multiprocessors that directions take turns.
+  if (s.D == 2 && one_in(3)) way.device.sms = 1 + int((s.H + 7) / 8);
+  if (index % 4 == 1) {  // one block for all rows: more than one pass over them
+    s.T = 1 + below(3);
+    s.B = 33 + below(40);
+    s.H = 1 + below(8);
+    way.device.sms = 1;
+  }
   s.bias = !one_in(4);
   s.initial_state = !one_in(3);
   s.linear = one_in(4);
@@ -52,15 +56,12 @@ Drawn draw(CellKind cell, Method method, std::mt19937& random) {
       if (one_in(2)) rows = 1 + below(int(rows));
     }
   }
-  Way& way = d.way;
   way.method = method;
   way.batch_first = one_in(3);
   way.gap = one_in(2) ? 0 : 1 + below(4);
   way.chunk_steps = one_in(2) ? 0 : 1 + below(int(s.T));
   if (method == Method::kStepwise && cell == CellKind::kLstm && s.H > 1 && one_in(3))
     s.P = 1 + below(int(s.H) - 1);
-  // A device so small that directions take turns.
-  if (s.D == 2 && one_in(3)) way.device.sms = 1 + int((s.H + 7) / 8);
   return d;
 }
 
@@ -98,7 +99,7 @@ void run_drawn(CellKind cell, Method method, int index) {
   const uint32_t seed =
       uint32_t(index) * 64 + uint32_t(cell) * 16 + uint32_t(method) * 4 + uint32_t(sizeof(T));
   std::mt19937 random(seed);
-  Drawn drawn = draw(cell, method, random);
+  const Drawn drawn = draw(cell, method, index, random);
   const Sizes& s = drawn.sizes;
   const check::Scope scope("cell ", int(cell),
                            method == Method::kStepwise ? " stepwise" : " persistent", " draw ",
