@@ -10,6 +10,7 @@
 
 #include <cstdlib>
 
+#include "memory.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -250,6 +251,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::arg("cell"), py::arg("steps"), py::arg("batch"), py::arg("input_size"),
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1,
         py::arg("dtype") = "float32", py::arg("backward") = false, py::arg("threads") = 0);
+  m.def("empty_pool", &empty_pool);
+  m.def("pool_bytes", &pool_bytes);
   m.def("linear_activations", &linear_activations);
   m.def("set_linear_activations", &set_linear_activations, py::arg("linear"));
   if (const char* isa = std::getenv("RNN_EXT_CPU_ISA"); isa && *isa)

@@ -2,16 +2,15 @@
 #include "ops.h"
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <torch/library.h>
 
 #include <atomic>
 
 #include "../cpu/governor.h"
+#include "memory.h"
 
 namespace rnn_ext {
 namespace {
@@ -63,7 +62,7 @@ bool bf16_products(at::ScalarType dtype) {
 
 template <class Call>
 void run_call(const Call& call, const Plan& plan) {
-  const c10::DataPtr workspace = c10::GetCPUAllocator()->allocate(workspace_bytes(call, plan));
+  const c10::DataPtr workspace = pooled_workspace(workspace_bytes(call, plan));
   run(call, plan, workspace.get(), run_on_torch_threads);
 }
 
@@ -137,7 +136,7 @@ void run_wavefront(const std::vector<ForwardCall<T>>& calls, const Wavefront& wa
   for (const ForwardCall<T>& call : calls) {
     plans.push_back(plan_call<T>(call.shape, false, 1, call.bf16_products));
     plans.back().chunk_steps = wave.chunk_steps;
-    memory.push_back(c10::GetCPUAllocator()->allocate(workspace_bytes(call, plans.back())));
+    memory.push_back(pooled_workspace(workspace_bytes(call, plans.back())));
     workspaces.push_back(memory.back().get());
   }
   run_stack(calls.data(), plans.data(), workspaces.data(), int(calls.size()), wave,
@@ -162,8 +161,7 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
   const int64_t slots = o.num_layers * o.directions(), R = p.shape.state_size();
   const int64_t H = p.shape.hidden_size, B = p.shape.batch;
 
-  // Past the dispatcher, whose way to an empty tensor takes longer than the rest of making one.
-  const auto empty = [&](at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, wide); };
+  const auto empty = [&](at::IntArrayRef sizes) { return pooled_empty(sizes, compute); };
   at::Tensor output = empty(p.output_sizes());
   at::Tensor h_n = empty({slots, B, R});
   at::Tensor c_n = o.is_lstm() ? empty({slots, B, H}) : empty({0});
@@ -174,7 +172,7 @@ ForwardResult forward(const Problem& p, const Inputs& inputs, bool save_reserve)
     at::Tensor inner[2], dropped;
     if (!save_reserve && o.num_layers > 1)
       for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i)
-        inner[i] = at::empty({p.layer_output_size()}, wide);
+        inner[i] = empty({p.layer_output_size()});
     const T* layer_input = nullptr;
     const Threads threads = threads_of_call();
     const Wavefront wave = wavefront_of<T>(p, dtype, threads.granted);
@@ -261,7 +259,6 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
                                  const at::Tensor& reserve, const Wanted& wanted) {
   const Options& o = p.options;
   const at::ScalarType dtype = inputs.input.scalar_type(), compute = at::toOpMathType(dtype);
-  const at::TensorOptions wide = inputs.input.options().dtype(compute);
   const Operands in(inputs, compute);
   const int64_t R = p.shape.state_size(), H = p.shape.hidden_size, B = p.shape.batch;
   const int64_t slots = o.num_layers * o.directions();
@@ -273,9 +270,8 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
   std::vector<at::Tensor> results;
   results.reserve(3 + in.params.size());
   const auto result = [&](bool asked, at::IntArrayRef sizes) {
-    results.push_back(!asked  ? at::empty({0}, wide)
-                      : B > 0 ? at::empty(sizes, wide)
-                              : at::zeros(sizes, wide));
+    results.push_back(pooled_empty(asked ? sizes : at::IntArrayRef{0}, compute));
+    if (B == 0) results.back().zero_();
     return asked ? results.back().mutable_data_ptr<T>() : nullptr;
   };
   T* dx = result(wanted.state[0], inputs.input.sizes());
@@ -324,7 +320,7 @@ std::vector<at::Tensor> backward(const std::array<at::Tensor, 3>& grads, const P
     }
     at::Tensor to_below;
     if (layer > 0 && below) {
-      to_below = at::empty({p.layer_output_size()}, wide);
+      to_below = pooled_empty({p.layer_output_size()}, compute);
       call.dx = dense_rows<T>(p, to_below.mutable_data_ptr<T>());
     }
     for (int d = 0; d < o.directions(); ++d) {
