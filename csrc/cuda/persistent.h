@@ -402,7 +402,7 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
       if (d.dh_n) carry[pass][i] = to_compute(d.dh_n[at]);
       if (Cell::kHasCellState && d.dc_n) dc[pass][i] = to_compute(d.dc_n[at]);
     }
-  block_barrier();  // the weights are there
+  // The first position multiplies nothing: the weights are met behind its arrival at the barrier.
 
   for (int64_t s = 0; s <= steps; ++s) {
     const int earlier = active_at(s - 1), now = active_at(s);

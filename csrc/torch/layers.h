@@ -113,7 +113,7 @@ ForwardResult forward_layers(const Problem& p, const Inputs& inputs, bool save_r
     at::Tensor inner[2], dropped;
     if (!save_reserve && o.num_layers > 1)
       for (int i = 0; i < (o.num_layers > 2 ? 2 : 1); ++i)
-        inner[i] = at::empty({p.layer_output_size()}, plain);
+        inner[i] = Backend::empty({p.layer_output_size()}, plain);
     const T* layer_input = nullptr;
     Backend backend(p, dtype);
     for (int64_t layer = 0; layer < o.num_layers; ++layer) {
@@ -205,9 +205,8 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
   std::vector<at::Tensor> results;
   results.reserve(3 + in.params.size());
   const auto result = [&](bool asked, at::IntArrayRef sizes) {
-    results.push_back(!asked  ? at::empty({0}, plain)
-                      : B > 0 ? at::empty(sizes, plain)
-                              : at::zeros(sizes, plain));
+    results.push_back(Backend::empty(asked ? sizes : at::IntArrayRef{0}, plain));
+    if (B == 0) results.back().zero_();
     return asked ? mutable_data<T>(results.back()) : nullptr;
   };
   T* dx = result(wanted.state[0], inputs.input.sizes());
@@ -261,7 +260,7 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
     }
     at::Tensor to_below;
     if (layer > 0 && below) {
-      to_below = at::empty({p.layer_output_size()}, plain);
+      to_below = Backend::empty({p.layer_output_size()}, plain);
       call.dx = dense_rows<T>(p, mutable_data<T>(to_below));
     }
     for (int d = 0; d < o.directions(); ++d) {

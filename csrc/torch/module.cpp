@@ -11,6 +11,7 @@
 #include <cstdlib>
 
 #include "../cuda/plan.h"
+#include "memory.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -328,6 +329,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
         py::arg("directions") = 1, py::arg("dtype") = "float32", py::arg("backward") = false,
         py::arg("training") = false, py::arg("device") = "h100");
+  m.def("empty_pool", &empty_pool);
+  m.def("pool_bytes", &pool_bytes);
   m.def("linear_activations", &linear_activations);
   m.def("set_linear_activations", &set_linear_activations, py::arg("linear"));
   if (const char* isa = std::getenv("RNN_EXT_CPU_ISA"); isa && *isa)

@@ -2,10 +2,8 @@
 #include "ops.h"
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <torch/library.h>
 
@@ -13,6 +11,7 @@
 
 #include "../cpu/governor.h"
 #include "layers.h"
+#include "memory.h"
 
 namespace rnn_ext {
 namespace {
@@ -64,7 +63,7 @@ bool bf16_products(at::ScalarType dtype) {
 
 template <class Call>
 void run_call(const Call& call, const Plan& plan) {
-  const c10::DataPtr workspace = c10::GetCPUAllocator()->allocate(workspace_bytes(call, plan));
+  const c10::DataPtr workspace = pooled_workspace(workspace_bytes(call, plan));
   run(call, plan, workspace.get(), run_on_torch_threads);
 }
 
@@ -91,9 +90,8 @@ class CpuBackend {
   using Saved = T;
 
   static at::ScalarType element_type(at::ScalarType dtype) { return at::toOpMathType(dtype); }
-  // Past the dispatcher, whose way to an empty tensor takes longer than the rest of making one.
   static at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    return at::detail::empty_cpu(sizes, options);
+    return pooled_empty(sizes, c10::typeMetaToScalarType(options.dtype()));
   }
 
   CpuBackend(const Problem& problem, at::ScalarType dtype) : problem_(problem), dtype_(dtype) {}
@@ -120,7 +118,7 @@ class CpuBackend {
     for (const ForwardCall<T>& call : waiting_) {
       plans.push_back(plan_call<T>(call.shape, false, 1, call.bf16_products));
       plans.back().chunk_steps = wave_.chunk_steps;
-      memory.push_back(c10::GetCPUAllocator()->allocate(workspace_bytes(call, plans.back())));
+      memory.push_back(pooled_workspace(workspace_bytes(call, plans.back())));
       workspaces.push_back(memory.back().get());
     }
     run_stack(waiting_.data(), plans.data(), workspaces.data(), int(waiting_.size()), wave_,
