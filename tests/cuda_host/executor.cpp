@@ -72,7 +72,8 @@ struct Signal {
   SharedClock published;
 };
 
-constexpr size_t kStack = kInstrumented ? 64 << 10 : 256 << 10;
+constexpr size_t kGuard = 4 << 10;  // below each stack: one that overflows ends the program
+constexpr size_t kStack = (kInstrumented ? 64 << 10 : 256 << 10) - kGuard;
 
 struct Executor {
   Memory memory;
@@ -289,12 +290,14 @@ std::unique_ptr<Thread> new_thread() {
   Executor& e = executor();
   if (e.idle.empty()) {
     constexpr size_t kMany = 64;  // at once
-    void* stacks = mmap(nullptr, kMany * kStack, PROT_READ | PROT_WRITE,
+    void* stacks = mmap(nullptr, kMany * (kGuard + kStack), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stacks == MAP_FAILED) std::abort();
     for (size_t i = 0; i < kMany; ++i) {
       auto thread = std::make_unique<Thread>();
-      thread->stack = static_cast<char*>(stacks) + i * kStack;
+      char* const guard = static_cast<char*>(stacks) + i * (kGuard + kStack);
+      if (mprotect(guard, kGuard, PROT_NONE) != 0) std::abort();
+      thread->stack = guard + kGuard;
       e.idle.push_back(std::move(thread));
     }
   }
