@@ -24,12 +24,12 @@ import time
 from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import common
 import rnn_ext
 
 PROMPT = "The "

@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
+import common
 import rnn_ext
 
 TEXT = "hello world! nice to meet you! i love iron-man"

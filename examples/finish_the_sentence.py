@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
+import common
 import rnn_ext
 
 SENTENCE = "We are going to watch Avengers End Game"

@@ -20,13 +20,13 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 
-import common
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
+import common
 import rnn_ext
 
 WINDOW = 52

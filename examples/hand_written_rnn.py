@@ -13,11 +13,11 @@ import argparse
 import math
 import sys
 
-import common
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import common
 import rnn_ext
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import sys
 
-import common
 import torch
 from torch.nn import functional as F
 from tqdm import trange
 
+import common
 import rnn_ext
 
 TEXT = "hihello"

@@ -17,12 +17,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import common
 import rnn_ext
 
 SENTENCE = (

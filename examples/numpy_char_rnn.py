@@ -19,13 +19,13 @@ import string
 import sys
 from dataclasses import dataclass
 
-import common
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
 
+import common
 import rnn_ext
 
 TEXT = string.ascii_lowercase

@@ -22,13 +22,13 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from tqdm import tqdm
 
+import common
 import rnn_ext
 
 PAD, UNKNOWN = "<pad>", "<unknown>"

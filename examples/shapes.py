@@ -13,11 +13,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import common
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import common
 import rnn_ext
 
 LAYERS, HIDDEN = 2, 2

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import common
 import torch
-from char_rnn import TEXT, CharRNN
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 from tqdm import tqdm
+
+import common
+from char_rnn import TEXT, CharRNN
 
 Loss = Callable[[CharRNN, Tensor, Tensor], Tensor]
 

@@ -18,12 +18,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from tqdm import trange
 
+import common
 import rnn_ext
 
 LONGEST = 40

@@ -15,13 +15,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from tqdm import trange
 
+import common
 import rnn_ext
 
 SPEAKERS = 9
