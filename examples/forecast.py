@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         forecast.legend()
         bars = errors.bar(list(result.errors), list(result.errors.values()))
         errors.bar_label(bars, fmt="%.2f", padding=2)
+        errors.margins(y=0.12)
         errors.set(ylabel="test error, ppm")
     return common.report(claims(result.errors))
 
