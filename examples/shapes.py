@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     with common.picture(arguments.plot, columns=2) as panels:
         for direction, (panel, name) in enumerate(zip(panels, names, strict=True)):
             # One sequence: steps across, units down; the framed column is the last state.
-            panel.imshow(output[0, :, direction].T, vmin=-1, vmax=1, cmap="coolwarm")
+            panel.imshow(output[0, :, direction].T.numpy(), vmin=-1, vmax=1, cmap="coolwarm")
             for step in range(3):
                 for unit in range(HIDDEN):
                     value = f"{output[0, step, direction, unit]:.3f}"

@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         with torch.inference_mode():
             output, _ = model.run_packed(batch.inputs, batch.lengths)
         order = batch.lengths.argsort(descending=True)
-        outputs.imshow(output.abs().sum(-1).T[order], cmap="viridis", aspect="auto")
+        outputs.imshow(output.abs().sum(-1).T[order].numpy(), cmap="viridis", aspect="auto")
         outputs.set(xlabel="step", ylabel="sequence", title="packed outputs, |h| (0 is darkest)")
     share = share_of_padding(runs["padded"].model, draw(500))
     return common.report({**padding_claims(model), **claims(runs, share)})

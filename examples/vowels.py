@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         accuracies.plot(result.accuracies, color="tab:green")
         accuracies.axhline(0.95, color="gray", linestyle=":")
         accuracies.set(xlabel="epoch", ylabel="accuracy on the test part")
-        confusion.imshow(result.confusion, cmap="Blues")
+        confusion.imshow(result.confusion.numpy(), cmap="Blues")
         for was, row in enumerate(result.confusion.tolist()):
             for taken_for, count in enumerate(row):
                 if count:
