@@ -22,7 +22,6 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -30,12 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import common
 import rnn_ext
 
 PROMPT = "The "
-
-# Spread of the times above which their ratio is not worth quoting.
-NOISY = 0.3
 
 
 @dataclass(frozen=True)
@@ -180,90 +177,56 @@ def sample(model: CharModel, alphabet: str, count: int, seed: int) -> dict[str, 
     return samplers
 
 
-def plot(runs: dict[str, Run], times: dict[str, dict[str, float]], path: Path) -> None:
+def plot(
+    runs: dict[str, Run], times: dict[str, dict[str, float]], arguments: argparse.Namespace
+) -> None:
     """Both loss curves on the left, the times on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    colors = {"torch.nn": "tab:orange", "rnn_ext": "tab:blue"}
-    figure, (curves, *panels) = plt.subplots(
-        1,
-        1 + len(times),
-        figsize=(11, 4),
-        width_ratios=[3] + [1] * len(times),
-        layout="constrained",
-    )
-    curves.plot(
-        runs["torch.nn"].losses,
-        color=colors["torch.nn"],
-        linewidth=3,
-        alpha=0.6,
-        label="torch.nn.LSTM",
-    )
-    curves.plot(
-        runs["rnn_ext"].losses, color=colors["rnn_ext"], linewidth=0.8, label="rnn_ext.LSTM"
-    )
-    curves.set(xlabel="step", ylabel="loss, nats a character", title="same weights, same batches")
-    curves.legend()
-    for panel, (what, values) in zip(panels, times.items(), strict=True):
-        bars = panel.bar(
-            list(values), list(values.values()), color=[colors[name] for name in values]
+    colors = common.COLORS
+    with common.picture(
+        arguments.plot, 1 + len(times), width=11, width_ratios=[3] + [1] * len(times)
+    ) as (curves, *panels):
+        curves.plot(
+            runs["torch.nn"].losses,
+            color=colors["torch.nn"],
+            linewidth=3,
+            alpha=0.6,
+            label="torch.nn.LSTM",
         )
-        panel.bar_label(bars, fmt="%.2f", padding=2)
-        panel.margins(y=0.12)
-        panel.set(
-            title=f"{what}\n{values['torch.nn'] / values['rnn_ext']:.2f}x faster", ylabel="ms"
+        curves.plot(
+            runs["rnn_ext"].losses, color=colors["rnn_ext"], linewidth=0.8, label="rnn_ext.LSTM"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def spread(seconds: list[float]) -> float:
-    """Interquartile range over the median."""
-    first, median, third = statistics.quantiles(seconds, n=4)
-    return (third - first) / median
-
-
-def describe_ratio(values: dict[str, float]) -> str:
-    ratio = values["torch.nn"] / values["rnn_ext"]
-    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+        curves.set(
+            xlabel="step", ylabel="loss, nats a character", title="same weights, same batches"
+        )
+        curves.legend()
+        for panel, (what, values) in zip(panels, times.items(), strict=True):
+            bars = panel.bar(
+                list(values), list(values.values()), color=[colors[name] for name in values]
+            )
+            panel.bar_label(bars, fmt="%.2f", padding=2)
+            panel.margins(y=0.12)
+            panel.set(title=f"{what}\n{common.describe_ratio(values)}", ylabel="ms")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a character LSTM with torch.nn.LSTM and with rnn_ext.LSTM, side by side."
-    )
+    parser = common.parser(__file__, __doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a short run of a small model, some 15 seconds")
-    add("--steps", type=int, help="training steps of each model (default: 600; quick: 150)")
+    add("--steps", type=int, default=600, help="of each model (default: %(default)s; quick: 150)")
     add("--batch", type=int, default=16, help="stretches of text in a batch (default: %(default)s)")
     add("--length", type=int, default=64, help="characters in a stretch (default: %(default)s)")
-    add("--hidden", type=int, help="hidden units of a layer (default: 256; quick: 128)")
-    add("--learning-rate", type=float, default=3e-3, help="of Adam (default: %(default)s)")
-    add("--characters", type=int, help="characters to sample (default: 1000; quick: 200)")
-    add("--threads", type=int, help="for both libraries (default: torch's own setting)")
-    add("--seed", type=int, default=0, help="of weights, batches, sampling (default: %(default)s)")
     add(
-        "--plot",
-        type=Path,
-        default=Path("out/char_lstm.png"),
-        help="picture (default: %(default)s)",
+        "--hidden",
+        type=int,
+        default=256,
+        help="units of a layer (default: %(default)s; quick: 128)",
     )
-    arguments = parser.parse_args(argv)
-    # What was not asked for follows --quick.
-    for name, full, quick in (("steps", 600, 150), ("hidden", 256, 128), ("characters", 1000, 200)):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, quick if arguments.quick else full)
-    return arguments
+    add("--learning-rate", type=float, default=3e-3, help="of Adam (default: %(default)s)")
+    add("--characters", type=int, default=1000, help="to sample (default: %(default)s; quick: 200)")
+    return common.parse(parser, argv, steps=150, hidden=128, characters=200)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
     text, data, alphabet = load_text()
     print(
         f"{len(text):,} characters of text, {len(alphabet)} different; "
@@ -284,14 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'final loss':<16}" + "".join(f"{run.final_loss:>15.4f}" for run in runs.values()))
     for what, values in times.items():
         columns = "".join(f"{value:>12.2f} ms" for value in values.values())
-        print(f"{what:<16}{columns}   {describe_ratio(values)}")
+        print(f"{what:<16}{columns}   {common.describe_ratio(values)}")
 
-    measured = [*runs.values(), *samplers.values()]
-    if any(spread(timed.seconds) > NOISY for timed in measured):
-        print("the times vary a lot: something else is running, repeat this on a quiet machine")
-
-    plot(runs, times, arguments.plot)
-    print(f"\nplot saved as {arguments.plot}\n")
+    common.warn_if_noisy(*(timed.seconds for timed in [*runs.values(), *samplers.values()]))
+    plot(runs, times, arguments)
     return report_claims(runs, samplers, QUICK if arguments.quick else FULL)
 
 
@@ -310,9 +269,7 @@ def report_claims(runs: dict[str, Run], samplers: dict[str, Sampler], claims: Cl
         "both libraries write the same text from the same weights": samplers["torch.nn"].text
         == samplers["rnn_ext"].text,
     }
-    for claim, held in results.items():
-        print(f"{'ok' if held else 'FAILED':<7}{claim}")
-    return 0 if all(results.values()) else 1
+    return common.report(results)
 
 
 if __name__ == "__main__":
