@@ -36,9 +36,8 @@ struct Threads {
   int offered, granted;
 };
 Threads threads_of_call() {
-  if (at::in_parallel_region() || g_forked.load(std::memory_order_relaxed)) return {1, 1};
-  const int offered = at::get_num_threads();
-  return {offered, governor().grant(offered)};
+  const int offered = offered_threads();
+  return {offered, offered > 1 ? governor().grant(offered) : 1};
 }
 
 template <class T>
@@ -232,8 +231,10 @@ ForwardResult recurrent_cpu(const at::Tensor& input, const std::optional<at::Ten
                             int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional,
                             bool batch_first, double dropout, bool training, bool save_reserve) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
-                                 dropout, training});
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  if (has_members(inputs)) return members_forward(inputs, options, save_reserve);
+  const Problem problem(inputs, options);
   if (at::toOpMathType(input.scalar_type()) == at::kDouble)
     return forward<double>(problem, inputs, save_reserve);
   return forward<float>(problem, inputs, save_reserve);
@@ -365,10 +366,18 @@ std::vector<at::Tensor> recurrent_backward_cpu(
     bool bidirectional, bool batch_first, double dropout, bool training,
     c10::List<bool> output_mask) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
-                                 dropout, training});
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
   TORCH_CHECK(output_mask.size() == 3 + params.size(), "output_mask must have ", 3 + params.size(),
               " entries, got ", output_mask.size());
+  if (has_members(inputs)) {
+    const auto or_none = [](const std::optional<at::Tensor>& t) {
+      return t.value_or(at::Tensor());
+    };
+    return members_backward({or_none(grad_output), or_none(grad_h_n), or_none(grad_c_n)}, inputs,
+                            output, reserve, options, {output_mask.begin(), output_mask.end()});
+  }
+  const Problem problem(inputs, options);
   TORCH_CHECK(output.sizes() == at::IntArrayRef(problem.output_sizes()), "output must have size ",
               problem.output_sizes(), ", got ", output.sizes());
   TORCH_CHECK(reserve.numel() == problem.reserve_size(),
@@ -394,6 +403,11 @@ std::vector<at::Tensor> recurrent_backward_cpu(
 }
 
 }  // namespace
+
+int offered_threads() {
+  if (at::in_parallel_region() || g_forked.load(std::memory_order_relaxed)) return 1;
+  return at::get_num_threads();
+}
 
 bool linear_activations() { return g_linear_activations.load(std::memory_order_relaxed); }
 void set_linear_activations(bool linear) {
