@@ -8,6 +8,7 @@ import torch  # noqa: E402, F401  (loads the libraries that _C is linked against
 
 from rnn_ext import _C, fake, functional  # noqa: E402, F401
 from rnn_ext._build_info import VERSION as __version__  # noqa: E402
+from rnn_ext.compiling import compile  # noqa: E402
 from rnn_ext.convert import convert, to_torch  # noqa: E402
 from rnn_ext.memory import empty_cache  # noqa: E402
 from rnn_ext.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "compile",
     "convert",
     "empty_cache",
     "functional",

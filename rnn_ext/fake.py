@@ -44,28 +44,29 @@ def _recurrent(
         _check_device("hidden", input, h_0)
     directions = 2 if bidirectional else 1
     gates = {LSTM: 4, GRU: 3}.get(cell, 1)
-    hidden = params[0].shape[0] // gates
-    state = params[1].shape[1]
+    hidden = params[0].shape[-2] // gates
+    state = params[1].shape[-1]
+    models = params[0].shape[:-2]  # several models in one call: a leading dimension
     if batch_sizes is None:
-        rows = input.shape[0] * input.shape[1]
-        batch = input.shape[0] if batch_first else input.shape[1]
+        rows = input.shape[-3] * input.shape[-2]
+        batch = input.shape[-3] if batch_first else input.shape[-2]
     else:
-        rows = input.shape[0]
+        rows = input.shape[-2]
         # The widest step: data of batch_sizes, known from h_0 where there is one.
-        batch = h_0.shape[1] if h_0 is not None else torch.library.get_ctx().new_dynamic_size()
+        batch = h_0.shape[-2] if h_0 is not None else torch.library.get_ctx().new_dynamic_size()
     width = directions * state
     slots = num_layers * directions
     wide = _compute_dtype(input.dtype)
     output = input.new_empty((*input.shape[:-1], width))
-    h_n = input.new_empty((slots, batch, state))
-    c_n = input.new_empty((slots, batch, hidden) if cell == LSTM else (0,))
+    h_n = input.new_empty((*models, slots, batch, state))
+    c_n = input.new_empty((*models, slots, batch, hidden) if cell == LSTM else (*models, 0))
     size = 0
     if save_reserve:
         padded = (hidden + _PAD - 1) // _PAD * _PAD
         size = slots * rows * _SAVED.get(cell, 0) * padded
         inner = (num_layers - 1) * rows * width
         size += inner * (2 if training and dropout > 0 else 1)
-    return output, h_n, c_n, input.new_empty((size,), dtype=wide)
+    return output, h_n, c_n, input.new_empty((*models, size), dtype=wide)
 
 
 @torch.library.register_fake("rnn_ext::recurrent_backward")

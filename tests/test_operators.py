@@ -21,6 +21,7 @@ CONFIGURATIONS = {
     "gru": (nn.GRU, {"num_layers": 2, "bidirectional": True}),
     "lstm": (nn.LSTM, {"batch_first": True}),
     "lstm-stack": (nn.LSTM, {"num_layers": 3, "dropout": 0.3}),
+    "lstm-stack-eval": (nn.LSTM, {"num_layers": 3}),
     "lstm-proj": (nn.LSTM, {"proj_size": 3, "bidirectional": True}),
     "gru-bf16": (nn.GRU, {"dtype": torch.bfloat16, "num_layers": 2}),
 }
@@ -85,14 +86,96 @@ def test_fake_kernels_tell_the_real_shapes(name: str, packed: bool, save_reserve
         assert (result.numel() > 0) == asked
 
 
-@pytest.mark.parametrize("state", [False, True])
+# A dozen calls: each cell, padded and packed, with and without a state, both directions, stacks.
+OPCHECKS = [
+    ("rnn", False, False),
+    ("rnn", True, True),
+    ("relu", False, True),
+    ("relu", True, True),
+    ("gru", False, False),
+    ("gru", True, True),
+    ("lstm", False, True),
+    ("lstm", True, True),
+    ("lstm-stack-eval", False, False),
+    ("lstm-proj", False, True),
+    ("lstm-proj", True, True),
+    ("gru-bf16", False, True),
+    ("lstm", True, False),
+]
+each_opcheck = pytest.mark.parametrize(("name", "packed", "state"), OPCHECKS)
+
+
+def with_grad(call: object) -> object:
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.clone().requires_grad_(tensor.is_floating_point())
+
+    return pytree.tree_map_only(Tensor, leaf, call)
+
+
+def check_all(operator: object, call: tuple, aot_dynamic: bool = True) -> None:
+    utilities = [
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static",
+    ]
+    if aot_dynamic:
+        utilities.append("test_aot_dispatch_dynamic")
+    found = torch.library.opcheck(operator, call, test_utils=utilities)
+    assert found == dict.fromkeys(utilities, "SUCCESS")
+
+
+@each_opcheck
+def test_opcheck_forward(name: str, packed: bool, state: bool) -> None:
+    call = arguments(name, packed, state)
+    check_all(recurrent, call)
+    check_all(recurrent, with_grad(call))
+
+
+@each_opcheck
+def test_opcheck_backward(name: str, packed: bool, state: bool) -> None:
+    call = arguments(name, packed, state)
+    output, h_n, c_n, reserve = recurrent(*call, True)
+    lstm = c_n.numel() > 0
+    grads = (torch.ones_like(output), torch.ones_like(h_n), torch.ones_like(c_n) if lstm else None)
+    mask = [True, state, state and lstm] + [True] * len(call[4])
+    check_all(recurrent_backward, (*grads, *call[:5], output, reserve, *call[5:12], mask))
+
+
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "lstm-proj"])
-def test_opcheck(name: str, state: bool) -> None:
-    call = arguments(name, packed=False, state=state)
-    grad = pytree.tree_map_only(Tensor, lambda t: t.clone().requires_grad_(), call)
-    for arguments_ in (call, grad):
-        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(recurrent, arguments_, test_utils=checks)
+def test_opcheck_double_backward(name: str) -> None:
+    call = arguments(name, packed=False, state=True)
+    output, h_n, c_n, reserve = recurrent(*call, True)
+    lstm = c_n.numel() > 0
+    grads = (torch.ones_like(output), torch.ones_like(h_n), torch.ones_like(c_n) if lstm else None)
+    mask = [True, True, lstm] + [True] * len(call[4])
+    leaves = with_grad((*grads, *call[:5]))
+    # The step-by-step form that it is made of is one graph for each length.
+    check_all(recurrent_backward, (*leaves, output, reserve, *call[5:12], mask), aot_dynamic=False)
+
+
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "lstm-proj"])
+def test_opcheck_of_several_models_in_one_call(name: str) -> None:
+    call = list(arguments(name, packed=False, state=True))
+    for i in (0, 2, 3):
+        call[i] = None if call[i] is None else torch.stack([call[i], -call[i]])
+    call[4] = [torch.stack([p, p / 2]) for p in call[4]]
+    check_all(recurrent, tuple(call))
+    check_all(recurrent, with_grad(tuple(call)))
+
+
+@pytest.mark.parametrize("what", ["input", "h_0", "parameter"])
+def test_several_models_of_different_counts_are_an_error(what: str) -> None:
+    call = list(arguments("gru", packed=False, state=True))
+    for i in (0, 2):
+        call[i] = torch.stack([call[i]] * 2)
+    call[4] = [torch.stack([p] * 2) for p in call[4]]
+    if what == "parameter":
+        call[4][-1] = call[4][-1][:1]
+    else:
+        call[0 if what == "input" else 2] = call[0 if what == "input" else 2][:1]
+    with pytest.raises(RuntimeError, match=f"{what} must have 2 entries in dimension 0"):
+        recurrent(*call)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])

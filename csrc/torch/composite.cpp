@@ -46,6 +46,17 @@ at::Tensor with_rest(const at::Tensor& active, const at::Tensor& all) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_forward(
     const Inputs& inputs, const Options& options, const std::vector<at::Tensor>& masks) {
+  if (has_members(inputs)) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!options.drops(), "dropout in a call of several models");
+    std::vector<at::Tensor> outputs, h_n, c_n;
+    for (int64_t m = 0; m < inputs.params[0].size(0); ++m) {
+      auto [output, h, c] = composite_forward(SingleModel(inputs, m).inputs, options, {});
+      outputs.push_back(output);
+      h_n.push_back(h);
+      c_n.push_back(c);
+    }
+    return {at::stack(outputs), at::stack(h_n), at::stack(c_n)};
+  }
   const Problem p(inputs, options);
   const SequenceShape& s = p.shape;
   const at::ScalarType dtype = inputs.input.scalar_type();

@@ -36,9 +36,8 @@ struct Threads {
   int offered, granted;
 };
 Threads threads_of_call() {
-  if (at::in_parallel_region() || g_forked.load(std::memory_order_relaxed)) return {1, 1};
-  const int offered = at::get_num_threads();
-  return {offered, governor().grant(offered)};
+  const int offered = offered_threads();
+  return {offered, offered > 1 ? governor().grant(offered) : 1};
 }
 
 template <class T>
@@ -151,8 +150,10 @@ ForwardResult recurrent_cpu(const at::Tensor& input, const std::optional<at::Ten
                             int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional,
                             bool batch_first, double dropout, bool training, bool save_reserve) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
-                                 dropout, training});
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  if (has_members(inputs)) return members_forward(inputs, options, save_reserve);
+  const Problem problem(inputs, options);
   if (at::toOpMathType(input.scalar_type()) == at::kDouble)
     return forward_layers<CpuBackend<double>>(problem, inputs, save_reserve);
   return forward_layers<CpuBackend<float>>(problem, inputs, save_reserve);
@@ -167,8 +168,12 @@ std::vector<at::Tensor> recurrent_backward_cpu(
     bool bidirectional, bool batch_first, double dropout, bool training,
     c10::List<bool> output_mask) {
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
-                                 dropout, training});
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  if (has_members(inputs))
+    return members_backward({grad_output, grad_h_n, grad_c_n}, inputs, output, reserve, options,
+                            output_mask);
+  const Problem problem(inputs, options);
   const BackwardArguments arguments(problem, inputs, output, reserve,
                                     {grad_output, grad_h_n, grad_c_n}, output_mask);
   if (at::toOpMathType(input.scalar_type()) == at::kDouble)
@@ -203,6 +208,11 @@ BackwardArguments::BackwardArguments(const Problem& p, const Inputs& inputs,
       p.options.is_lstm() ? check_grad(from[2], {slots, s.batch, s.hidden_size}) : at::Tensor()};
   wanted.state = {output_mask[0], output_mask[1], output_mask[2]};
   for (size_t i = 3; i < count; ++i) wanted.params.push_back(output_mask[i]);
+}
+
+int offered_threads() {
+  if (at::in_parallel_region() || g_forked.load(std::memory_order_relaxed)) return 1;
+  return at::get_num_threads();
 }
 
 bool linear_activations() { return g_linear_activations.load(std::memory_order_relaxed); }

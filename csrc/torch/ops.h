@@ -94,6 +94,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_forward(
 std::vector<at::Tensor> dropout_masks(const Problem& problem, const at::Tensor& reserve);
 at::Tensor draw_dropout_mask(const at::Tensor& like, double dropout);
 
+// composite_forward with the dropout drawn here; its reserve is empty.
+ForwardResult composite(const Inputs& inputs, const Options& options);
+
+// Several models in one call: every tensor but batch_sizes has a leading dimension, one entry per
+// model, and so have the results. The kernels of both operators hand such calls on to these.
+inline bool has_members(const Inputs& in) { return !in.params.empty() && in.params[0].dim() == 3; }
+struct SingleModel {
+  std::vector<at::Tensor> params;
+  Inputs inputs;
+  SingleModel(const Inputs& all, int64_t index);
+  SingleModel(const SingleModel&) = delete;  // inputs points into params
+};
+ForwardResult members_forward(const Inputs& inputs, const Options& options, bool save_reserve);
+std::vector<at::Tensor> members_backward(const std::array<std::optional<at::Tensor>, 3>& grads,
+                                         const Inputs& inputs, const at::Tensor& output,
+                                         const at::Tensor& reserve, const Options& options,
+                                         const c10::List<bool>& output_mask);
+// How many threads a call made here and now may start: one in a parallel region or a forked child.
+int offered_threads();
+
 // Tests only: see VectorMath in cpu/activations.h.
 bool linear_activations();
 void set_linear_activations(bool linear);

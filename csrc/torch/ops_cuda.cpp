@@ -144,8 +144,10 @@ ForwardResult recurrent_cuda(const at::Tensor& input, const std::optional<at::Te
                              bool batch_first, double dropout, bool training, bool save_reserve) {
   const c10::cuda::CUDAGuard guard(input.device());
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
-                                 dropout, training});
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  if (has_members(inputs)) return members_forward(inputs, options, save_reserve);
+  const Problem problem(inputs, options);
   return with_type(input.scalar_type(), [&](auto type) {
     return forward_layers<CudaBackend<decltype(type)>>(problem, inputs, save_reserve);
   });
@@ -161,8 +163,12 @@ std::vector<at::Tensor> recurrent_backward_cuda(
     c10::List<bool> output_mask) {
   const c10::cuda::CUDAGuard guard(input.device());
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Problem problem(inputs, {CellKind(cell), has_biases, num_layers, bidirectional, batch_first,
-                                 dropout, training});
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  if (has_members(inputs))
+    return members_backward({grad_output, grad_h_n, grad_c_n}, inputs, output, reserve, options,
+                            output_mask);
+  const Problem problem(inputs, options);
   const BackwardArguments arguments(problem, inputs, output, reserve,
                                     {grad_output, grad_h_n, grad_c_n}, output_mask);
   return with_type(input.scalar_type(), [&](auto type) {

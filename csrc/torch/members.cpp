@@ -1,0 +1,126 @@
+// A call of several models: each is a call of its own, and they share out the threads. One model
+// per thread needs no waiting within a step, which is what a small model's time goes into.
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/ThreadLocalState.h>
+
+#include "ops.h"
+
+namespace rnn_ext {
+namespace {
+
+int64_t count_members(const Inputs& in, const Options& options) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!options.drops(), "dropout in a call of several models");
+  const int64_t count = in.params[0].size(0);
+  const auto check = [&](const at::Tensor& t, const char* name) {
+    TORCH_CHECK(t.dim() > 0 && t.size(0) == count, name, " must have ", count,
+                " entries in dimension 0, one per model, got size ", t.sizes());
+  };
+  check(in.input, "input");
+  if (in.h_0) check(*in.h_0, "h_0");
+  if (in.c_0) check(*in.c_0, "c_0");
+  for (const at::Tensor& p : in.params) check(p, "every parameter");
+  TORCH_CHECK(count > 0, "expected at least one model");
+  return count;
+}
+
+// run(member) for every member.
+template <class F>
+void for_each_member(const Inputs& in, int64_t count, const F& run) {
+  if (count < offered_threads() || !in.input.is_cpu() || offered_threads() == 1) {
+    for (int64_t m = 0; m < count; ++m) run(m);  // each with all threads
+    return;
+  }
+  const at::ThreadLocalState state;
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const at::ThreadLocalStateGuard same(state);
+    for (int64_t m = begin; m < end; ++m) run(m);
+  });
+}
+
+std::vector<int64_t> with_front(int64_t count, at::IntArrayRef sizes) {
+  std::vector<int64_t> all = {count};
+  all.insert(all.end(), sizes.begin(), sizes.end());
+  return all;
+}
+
+std::optional<at::Tensor> entry(const std::optional<at::Tensor>& t, int64_t m) {
+  return t ? std::optional<at::Tensor>(t->select(0, m)) : std::nullopt;
+}
+
+}  // namespace
+
+SingleModel::SingleModel(const Inputs& all, int64_t index) {
+  for (const at::Tensor& p : all.params) params.push_back(p.select(0, index));
+  inputs = {all.input.select(0, index), all.batch_sizes, entry(all.h_0, index),
+            entry(all.c_0, index), params};
+}
+
+ForwardResult members_forward(const Inputs& inputs, const Options& options, bool save_reserve) {
+  const int64_t count = count_members(inputs, options);
+  const SingleModel first(inputs, 0);
+  const Problem p(first.inputs, options);
+  const int64_t slots = options.num_layers * options.directions();
+  const at::TensorOptions like = inputs.input.options();
+  const auto empty = [&](at::IntArrayRef sizes) {
+    return at::empty(with_front(count, sizes), like);
+  };
+  const at::Tensor output = empty(p.output_sizes());
+  const at::Tensor h_n = empty({slots, p.shape.batch, p.shape.state_size()});
+  const at::Tensor c_n =
+      options.is_lstm() ? empty({slots, p.shape.batch, p.shape.hidden_size}) : empty({0});
+  const at::Tensor reserve = at::empty({count, save_reserve ? p.reserve_size() : 0},
+                                       like.dtype(at::toOpMathType(inputs.input.scalar_type())));
+  for_each_member(inputs, count, [&](int64_t m) {
+    const SingleModel member(inputs, m);
+    const auto [y, h, c, kept] = call_recurrent(member.inputs, options, save_reserve);
+    output.select(0, m).copy_(y);
+    h_n.select(0, m).copy_(h);
+    c_n.select(0, m).copy_(c);
+    reserve.select(0, m).copy_(kept);
+  });
+  return {output, h_n, c_n, reserve};
+}
+
+std::vector<at::Tensor> members_backward(const std::array<std::optional<at::Tensor>, 3>& grads,
+                                         const Inputs& inputs, const at::Tensor& output,
+                                         const at::Tensor& reserve, const Options& options,
+                                         const c10::List<bool>& output_mask) {
+  TORCH_CHECK(output_mask.size() == 3 + inputs.params.size(), "output_mask must have ",
+              3 + inputs.params.size(), " entries, got ", output_mask.size());
+  const int64_t count = count_members(inputs, options);
+  const auto check = [&](const at::Tensor& t) {
+    TORCH_CHECK(!t.defined() || (t.dim() > 0 && t.size(0) == count),
+                "gradients, output and reserve must have ", count, " entries, one per model");
+    return t;
+  };
+  for (const auto& t : grads) check(t.value_or(at::Tensor()));
+  check(output);
+  check(reserve);
+  const std::array<bool, 3> state_mask = {output_mask[0], output_mask[1], output_mask[2]};
+  const std::vector<bool> param_mask(output_mask.begin() + 3, output_mask.end());
+  const auto empty = [&](bool asked, const std::optional<at::Tensor>& like) {
+    return asked && like ? at::empty(like->sizes(), like->options())
+                         : at::empty({0}, inputs.input.options());
+  };
+  std::vector<at::Tensor> results = {empty(state_mask[0], inputs.input),
+                                     empty(state_mask[1], inputs.h_0),
+                                     empty(state_mask[2], inputs.c_0)};
+  for (size_t i = 0; i < inputs.params.size(); ++i)
+    results.push_back(empty(param_mask[i], inputs.params[i]));
+  for_each_member(inputs, count, [&](int64_t m) {
+    const SingleModel member(inputs, m);
+    std::array<at::Tensor, 3> own;
+    for (size_t i = 0; i < 3; ++i)
+      if (grads[i] && grads[i]->defined()) own[i] = grads[i]->select(0, m);
+    const std::vector<at::Tensor> found =
+        call_recurrent_backward(own, member.inputs, output.select(0, m), reserve.select(0, m),
+                                options, state_mask, param_mask);
+    for (size_t i = 0; i < found.size(); ++i)
+      if (results[i].numel() > 0) results[i].select(0, m).copy_(found[i]);
+  });
+  return results;
+}
+
+}  // namespace rnn_ext

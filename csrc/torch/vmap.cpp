@@ -1,0 +1,408 @@
+// torch.func.vmap over rnn_ext::recurrent and its backward.
+//
+// What is mapped decides: examples (input, states) become more rows of the batch; models (any
+// weight) become one call of several models, as do gradients that are mapped alone. Gradients of
+// weights per example are made of the gate gradients of one call for all examples.
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
+#include <torch/library.h>
+
+#include "layers.h"
+#include "ops.h"
+
+namespace rnn_ext {
+namespace {
+
+using at::functorch::makeBatched;
+using at::functorch::maybeGetBatchedImpl;
+
+// The innermost vmap that maps any of these tensors; 0 if none does. (torch's own question for the
+// current level is behind a header that needs one which torch does not install.)
+int64_t innermost_level(std::initializer_list<at::Tensor> tensors, at::TensorList more) {
+  int64_t level = 0;
+  const auto look = [&](const at::Tensor& t) {
+    if (!t.defined()) return;
+    if (const auto* batched = maybeGetBatchedImpl(t)) level = std::max(level, batched->level());
+  };
+  for (const at::Tensor& t : tensors) look(t);
+  for (const at::Tensor& t : more) look(t);
+  return level;
+}
+
+// An operand below the level of the vmap: the tensor with the mapped dimension in it, if any.
+struct Operand {
+  at::Tensor value;
+  std::optional<int64_t> dim;
+
+  Operand() = default;
+  Operand(const at::Tensor& t, int64_t level) : value(t) {
+    const auto* batched = t.defined() ? maybeGetBatchedImpl(t) : nullptr;
+    if (!batched || batched->level() != level) return;
+    value = batched->value();
+    dim = batched->bdim();
+  }
+  bool mapped() const { return dim.has_value(); }
+};
+
+at::Tensor with_dim_at(const Operand& t, int64_t position, int64_t size) {
+  if (!t.value.defined()) return t.value;
+  if (t.mapped()) return t.value.movedim(*t.dim, position);
+  std::vector<int64_t> sizes = t.value.sizes().vec();
+  sizes.insert(sizes.begin() + position, size);
+  return t.value.unsqueeze(position).expand(sizes);
+}
+
+at::Tensor or_none(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
+std::optional<at::Tensor> optional(const at::Tensor& t) {
+  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+// The operands of a call under one level of vmap.
+struct MappedCall {
+  int64_t level;
+  int64_t size = 0;  // M, of the mapped dimension
+  Options options;
+  Operand input, h_0, c_0;
+  std::vector<Operand> params;
+  std::optional<at::Tensor> batch_sizes;
+  int64_t lead = 0;  // 1 if the call is one of several models already
+
+  MappedCall(const Inputs& in, const Options& o, int64_t of_level) : level(of_level), options(o) {
+    input = wrap(in.input);
+    h_0 = wrap(or_none(in.h_0));
+    c_0 = wrap(or_none(in.c_0));
+    for (const at::Tensor& p : in.params) params.push_back(wrap(p));
+    if (in.batch_sizes) {
+      const Operand sizes = wrap(*in.batch_sizes);
+      TORCH_CHECK_NOT_IMPLEMENTED(!sizes.mapped(), "vmap over the batch_sizes of packed sequences");
+      batch_sizes = sizes.value;
+    }
+    lead = in.params[0].dim() - 2;
+  }
+
+  Operand wrap(const at::Tensor& t) {
+    Operand operand(t, level);
+    if (operand.mapped()) size = operand.value.size(*operand.dim);
+    return operand;
+  }
+  bool params_mapped() const {
+    return std::any_of(params.begin(), params.end(), [](const Operand& p) { return p.mapped(); });
+  }
+
+  // Dimension of the rows that a batch has one of per example: those of a step in packed data.
+  int64_t row_dim() const { return lead + (batch_sizes || options.batch_first ? 0 : 1); }
+  int64_t state_row_dim() const { return lead + 1; }
+};
+
+// ------------------------------------------------------------------- examples as rows of a batch
+// Row b of example m becomes row b*M + m: then rows that a packed step does not have are the last
+// ones still.
+
+at::Tensor fold(const Operand& t, int64_t row_dim, int64_t size) {
+  return t.value.defined() ? with_dim_at(t, row_dim + 1, size).flatten(row_dim, row_dim + 1)
+                           : t.value;
+}
+at::Tensor unfold(const at::Tensor& t, int64_t row_dim, const MappedCall& call) {
+  return makeBatched(t.unflatten(row_dim, {t.size(row_dim) / call.size, call.size}), row_dim + 1,
+                     call.level);
+}
+
+// The reserve is opaque: any split of it will do that comes back the same.
+at::Tensor fold_reserve(const Operand& reserve, const MappedCall& call) {
+  return with_dim_at(reserve, call.lead, call.size).flatten(call.lead, call.lead + 1);
+}
+at::Tensor unfold_reserve(const at::Tensor& reserve, const MappedCall& call) {
+  if (reserve.numel() == 0) return reserve;
+  return makeBatched(reserve.unflatten(call.lead, {call.size, reserve.size(call.lead) / call.size}),
+                     call.lead, call.level);
+}
+
+struct Folded {
+  std::vector<at::Tensor> params;
+  Inputs inputs;
+
+  explicit Folded(const MappedCall& call) {
+    for (const Operand& p : call.params) params.push_back(p.value);
+    inputs = {fold(call.input, call.row_dim(), call.size),
+              call.batch_sizes ? optional(*call.batch_sizes * call.size) : std::nullopt,
+              optional(fold(call.h_0, call.state_row_dim(), call.size)),
+              optional(fold(call.c_0, call.state_row_dim(), call.size)), params};
+  }
+  Folded(const Folded&) = delete;
+};
+
+// ----------------------------------------------------------------------------- several models
+
+at::Tensor as_members(const Operand& t, const MappedCall& call) {
+  const at::Tensor front = with_dim_at(t, 0, call.size);
+  return front.defined() && call.lead == 1 ? front.flatten(0, 1) : front;
+}
+at::Tensor from_members(const at::Tensor& t, const MappedCall& call) {
+  const bool nested = call.lead == 1 && t.dim() > 0 && t.size(0) > 0;
+  return makeBatched(nested ? t.unflatten(0, {call.size, t.size(0) / call.size}) : t, 0,
+                     call.level);
+}
+
+struct Members {
+  std::vector<at::Tensor> params;
+  Inputs inputs;
+
+  explicit Members(const MappedCall& call) {
+    for (const Operand& p : call.params) params.push_back(as_members(p, call));
+    inputs = {as_members(call.input, call), call.batch_sizes, optional(as_members(call.h_0, call)),
+              optional(as_members(call.c_0, call)), params};
+  }
+  Members(const Members&) = delete;
+};
+
+// --------------------------------------------------------------------------------- the operators
+
+ForwardResult recurrent_vmap(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
+                             const std::optional<at::Tensor>& h_0,
+                             const std::optional<at::Tensor>& c_0, at::TensorList params,
+                             int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional,
+                             bool batch_first, double dropout, bool training, bool save_reserve) {
+  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  // vmap's `randomness` says what is drawn anew for whom: left to the operations that draw.
+  if (options.drops()) return composite(inputs, options);
+  const int64_t level =
+      innermost_level({input, or_none(batch_sizes), or_none(h_0), or_none(c_0)}, params);
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::FuncTorchBatched);
+  const MappedCall call(inputs, options, level);
+  if (call.size == 0) return call_recurrent(inputs, options, save_reserve);
+  if (call.params_mapped()) {
+    const auto [output, h_n, c_n, reserve] =
+        call_recurrent(Members(call).inputs, options, save_reserve);
+    return {from_members(output, call), from_members(h_n, call), from_members(c_n, call),
+            from_members(reserve, call)};
+  }
+  const auto [output, h_n, c_n, reserve] =
+      call_recurrent(Folded(call).inputs, options, save_reserve);
+  return {unfold(output, call.row_dim(), call), unfold(h_n, call.state_row_dim(), call),
+          options.is_lstm() ? unfold(c_n, call.state_row_dim(), call) : c_n,
+          unfold_reserve(reserve, call)};
+}
+
+bool requires_grad_below(const at::Tensor& t) {
+  if (!t.defined()) return false;
+  if (const auto* batched = maybeGetBatchedImpl(t)) return requires_grad_below(batched->value());
+  return t.requires_grad() || t._fw_grad(/*level=*/0).defined();
+}
+
+// Rows in time order, (N, width).
+at::Tensor as_rows(const at::Tensor& t, const Options& options, bool packed) {
+  if (packed) return t;
+  return (options.batch_first ? t.transpose(0, 1) : t).flatten(0, 1);
+}
+
+// For every row, which row of [h_0; output] holds h_{t-1}: one of h_0 where a sequence begins.
+at::Tensor previous_rows(const SequenceShape& s, int direction) {
+  std::vector<int64_t> index;
+  index.reserve(size_t(s.rows()));
+  for (int64_t t = 0; t < s.steps; ++t) {
+    const int64_t before = direction == 0 ? t - 1 : t + 1;
+    for (int64_t b = 0; b < s.active(t); ++b) {
+      const bool begins = before < 0 || before >= s.steps || b >= s.active(before);
+      index.push_back(begins ? b : s.batch + s.first_row(before) + b);
+    }
+  }
+  return at::tensor(index, at::kLong);
+}
+
+// Gradients of one model for every example alone: (M, ...) for each parameter, rows of the batch
+// for input and states.
+//
+// The engine sums weight gradients over the batch, so they are made here, from the gradients of the
+// gates: those are what the input of a layer gets as its gradient if its W_ih is the identity.
+std::vector<at::Tensor> gradients_per_example(const std::array<at::Tensor, 3>& grads,
+                                              const Inputs& in, const at::Tensor& output,
+                                              const at::Tensor& reserve, const Options& options,
+                                              const std::vector<bool>& wanted, int64_t examples) {
+  const Problem p(in, options);
+  const SequenceShape& s = p.shape;
+  const int64_t H = s.hidden_size, D = s.directions, gates = num_gates(s.cell) * H;
+  const at::ScalarType dtype = in.input.scalar_type(), wide = at::toOpMathType(dtype);
+  const at::TensorOptions like = in.input.options().dtype(wide);
+  const auto rows = [&](const at::Tensor& t) {
+    return as_rows(t.to(wide), options, p.packed).contiguous();
+  };
+  // Dense rows as the input of a call: (T, B, width), packed (N, width).
+  const auto steps = [&](const at::Tensor& t) {
+    return p.packed ? t : t.unflatten(0, {s.steps, s.batch});
+  };
+  const auto per_example = [&](const at::Tensor& t) {
+    return t.unflatten(0, {s.rows() / examples, examples});
+  };
+  std::vector<at::Tensor> results(wanted.size());
+  std::vector<at::Tensor> dh_0(size_t(options.num_layers)), dc_0(size_t(options.num_layers));
+
+  at::Tensor dy = grads[0].defined() ? rows(grads[0]) : at::Tensor();  // of the layer's output
+  for (int64_t layer = options.num_layers - 1; layer >= 0; --layer) {
+    const bool last = layer == options.num_layers - 1;
+    const auto kept = [&](int64_t of_layer) {
+      return kept_layer_output(p, reserve, of_layer, in.input.is_cpu() ? wide : dtype)
+          .view({s.rows(), p.output_width()})
+          .to(wide);
+    };
+    const at::Tensor x = layer == 0 ? rows(in.input) : kept(layer - 1);
+    const at::Tensor y = last ? rows(output) : kept(layer);
+    const auto own = [&](const std::optional<at::Tensor>& t) {
+      return t && t->defined() ? optional(t->narrow(0, layer * D, D).to(wide)) : std::nullopt;
+    };
+    const std::optional<at::Tensor> h_0 = own(in.h_0), c_0 = own(in.c_0);
+
+    std::vector<at::Tensor> gate_params;
+    for (int d = 0; d < D; ++d) {
+      const ParamIndex i = p.param(layer, d);
+      gate_params.push_back(at::zeros({gates, D * gates}, like));
+      gate_params.back().narrow(1, d * gates, gates).copy_(at::eye(gates, like));
+      gate_params.push_back(in.params[size_t(i.w_hh)].to(wide));
+      if (i.b_ih >= 0)
+        for (const int64_t b : {i.b_ih, i.b_hh})
+          gate_params.push_back(in.params[size_t(b)].to(wide));
+    }
+    Options one = options;
+    one.num_layers = 1;
+    one.batch_first = false;
+    // Only its shape counts: no gradient asked for below is made of it.
+    const at::Tensor any = at::empty({1, D * gates}, like).expand({s.rows(), D * gates});
+    const int64_t saved = p.saved_offset(layer + 1, 0) - p.saved_offset(layer, 0);
+    const at::Tensor own_reserve = reserve.narrow(0, p.saved_offset(layer, 0), saved);
+    std::vector<at::Tensor> found = call_recurrent_backward(
+        {dy.defined() ? steps(dy) : dy, own(grads[1]).value_or(at::Tensor()),
+         own(grads[2]).value_or(at::Tensor())},
+        {steps(any), in.batch_sizes, h_0, c_0, gate_params}, steps(y), own_reserve, one,
+        {true, wanted[1], wanted[2]}, std::vector<bool>(gate_params.size(), false));
+    const at::Tensor dgates = as_rows(found[0], one, p.packed);  // (N, D*G*H)
+    dh_0[size_t(layer)] = found[1];
+    dc_0[size_t(layer)] = found[2];
+
+    dy = at::Tensor();
+    const bool below = layer > 0 || wanted[0];
+    for (int d = 0; d < D; ++d) {
+      const ParamIndex i = p.param(layer, d);
+      const at::Tensor dgx = dgates.narrow(1, d * gates, gates);
+      at::Tensor dgh = dgx;
+      if (s.cell == CellKind::kGru) {  // the recurrent side of n is behind the reset gate
+        const at::Tensor r =
+            own_reserve.view({D, s.rows(), num_saved(s.cell), padded(H)})[d].select(1, 0).narrow(
+                1, 0, H);
+        dgh = at::cat({dgx.narrow(1, 0, 2 * H), dgx.narrow(1, 2 * H, H) * r}, 1);
+      }
+      const auto give = [&](int64_t index, const auto& gradient) {
+        if (index >= 0 && wanted[size_t(3 + index)]) results[size_t(3 + index)] = gradient();
+      };
+      const auto product = [&](const at::Tensor& dg, const at::Tensor& by) {
+        return at::bmm(per_example(dg).permute({1, 2, 0}), per_example(by).transpose(0, 1));
+      };
+      give(i.w_ih, [&] { return product(dgx, x); });
+      give(i.w_hh, [&] {
+        const at::Tensor start = h_0 ? (*h_0)[d] : at::zeros({s.batch, H}, like);
+        const at::Tensor all = at::cat({start, y.narrow(1, d * H, H)});
+        return product(dgh, all.index_select(0, previous_rows(s, d).to(all.device())));
+      });
+      give(i.b_ih, [&] { return per_example(dgx).sum(0); });
+      give(i.b_hh, [&] { return per_example(dgh).sum(0); });
+      if (!below) continue;
+      const at::Tensor dx = at::mm(dgx, in.params[size_t(i.w_ih)].to(wide));
+      dy = dy.defined() ? dy + dx : dx;
+    }
+  }
+  if (wanted[0]) {
+    results[0] = steps(dy);
+    if (!p.packed && options.batch_first) results[0] = results[0].transpose(0, 1);
+  }
+  if (wanted[1] && in.h_0) results[1] = at::cat(dh_0);
+  if (wanted[2] && in.c_0) results[2] = at::cat(dc_0);
+  for (at::Tensor& t : results) t = t.defined() ? t.to(dtype) : at::empty({0}, like.dtype(dtype));
+  return results;
+}
+
+std::vector<at::Tensor> recurrent_backward_vmap(
+    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
+    const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
+    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
+    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output_,
+    const at::Tensor& reserve_, int64_t cell, bool has_biases, int64_t num_layers,
+    bool bidirectional, bool batch_first, double dropout, bool training,
+    c10::List<bool> output_mask) {
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  const int64_t level =
+      innermost_level({or_none(grad_output), or_none(grad_h_n), or_none(grad_c_n), input,
+                       or_none(batch_sizes), or_none(h_0), or_none(c_0), output_, reserve_},
+                      params);
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::FuncTorchBatched);
+  MappedCall call({input, batch_sizes, h_0, c_0, params}, options, level);
+  const bool forward_mapped = call.size > 0;
+  const std::array<Operand, 3> grads = {call.wrap(or_none(grad_output)),
+                                        call.wrap(or_none(grad_h_n)), call.wrap(or_none(grad_c_n))};
+  const Operand output = call.wrap(output_), reserve = call.wrap(reserve_);
+  const std::vector<bool> mask(output_mask.begin(), output_mask.end());
+  const std::array<bool, 3> state_mask = {mask[0], mask[1], mask[2]};
+  const std::vector<bool> param_mask(mask.begin() + 3, mask.end());
+
+  // Gradients by examples that forward took as rows of a batch.
+  if (forward_mapped && !call.params_mapped()) {
+    const bool of_params =
+        std::find(param_mask.begin(), param_mask.end(), true) != param_mask.end();
+    const auto differentiable = [&] {
+      if (!at::GradMode::is_enabled()) return false;
+      bool any = requires_grad_below(call.input.value) || requires_grad_below(call.h_0.value) ||
+                 requires_grad_below(call.c_0.value);
+      for (const Operand& p : call.params) any = any || requires_grad_below(p.value);
+      for (const Operand& g : grads) any = any || requires_grad_below(g.value);
+      return any;
+    };
+    const int64_t plain = (has_biases ? 4 : 2) * num_layers * options.directions();
+    const bool projected = int64_t(params.size()) != plain;
+    const bool empty = call.input.value.numel() == 0;
+    const bool opaque = maybeGetBatchedImpl(reserve.value) != nullptr;  // split at another level
+    if (!of_params || (call.lead == 0 && !projected && !empty && !opaque && !differentiable())) {
+      const Folded folded(call);
+      const std::array<at::Tensor, 3> rows = {fold(grads[0], call.row_dim(), call.size),
+                                              fold(grads[1], call.state_row_dim(), call.size),
+                                              fold(grads[2], call.state_row_dim(), call.size)};
+      const at::Tensor y = fold(output, call.row_dim(), call.size);
+      const at::Tensor kept = fold_reserve(reserve, call);
+      std::vector<at::Tensor> results =
+          of_params ? gradients_per_example(rows, folded.inputs, y, kept, options, mask, call.size)
+                    : call_recurrent_backward(rows, folded.inputs, y, kept, options, state_mask,
+                                              param_mask);
+      for (size_t i = 0; i < results.size(); ++i) {
+        if (results[i].numel() == 0) continue;
+        results[i] = i >= 3   ? makeBatched(results[i], 0, level)
+                     : i == 0 ? unfold(results[i], call.row_dim(), call)
+                              : unfold(results[i], call.state_row_dim(), call);
+      }
+      return results;
+    }
+  }
+
+  const Members members(call);
+  std::array<at::Tensor, 3> own;
+  for (size_t i = 0; i < 3; ++i) own[i] = as_members(grads[i], call);
+  at::Tensor y = as_members(output, call), kept = as_members(reserve, call);
+  if (forward_mapped && !call.params_mapped()) {  // the reserve is of one large batch: once more
+    const ForwardResult again = call_recurrent(members.inputs, options, /*save_reserve=*/true);
+    y = std::get<0>(again);
+    kept = std::get<3>(again);
+  }
+  std::vector<at::Tensor> results =
+      call_recurrent_backward(own, members.inputs, y, kept, options, state_mask, param_mask);
+  for (at::Tensor& t : results)
+    if (t.numel() > 0) t = from_members(t, call);
+  return results;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnn_ext, FuncTorchBatched, m) {
+  m.impl("recurrent", recurrent_vmap);
+  m.impl("recurrent_backward", recurrent_backward_vmap);
+}
+
+}  // namespace rnn_ext
