@@ -158,6 +158,16 @@ RNN_EXT_KERNEL void warp_sum_kernel(float* values) {
     for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);  // <- some lanes
   values[t] = sum;
 }
+// Half a warp adds up, the other half multiplies.
+RNN_EXT_KERNEL void two_warp_operations_kernel(float* values) {
+  const int t = thread_index();
+  float v = values[t];
+  if (t % 2 == 0)
+    v += shuffle_xor(v, 2);  // <- warp operation one
+  else
+    v *= shuffle_xor(v, 2);
+  values[t] = v;
+}
 template <Bug kBug>
 bool run_warp_sum() {
   Buffer<float> values(counting(kThreads), "values");
@@ -389,6 +399,22 @@ std::vector<SmallKernel> small_kernels() {
               run_divergent<kTwoLines>, false),
       planted("shuffle of half a warp", Fault::kDeadlock, "some lanes", run_warp_sum<kSomeLanes>,
               false),
+      planted(
+          "half warps in shuffles of two lines", Fault::kDivergentWarp, "warp operation one",
+          [] {
+            Buffer<float> values(counting(kThreads), "values");
+            launch({.threads = kThreads}, two_warp_operations_kernel, values.data());
+            return true;
+          },
+          false),
+      planted(
+          "block that is not made of whole warps", Fault::kLaunch, "",
+          [] {
+            Buffer<float> values(counting(kThreads), "values");
+            launch({.threads = 48}, two_warp_operations_kernel, values.data());
+            return true;
+          },
+          false),
       planted("missing wait for a copy", Fault::kAsyncNotWaited, "copy second read",
               run_copy<kNoWait>),
       planted("missing barrier after a copy", Fault::kRace, "copy first read", run_copy<kTooEarly>),

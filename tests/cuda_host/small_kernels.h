@@ -11,9 +11,9 @@ struct SmallKernel {
   std::string name;
   bool passes;                       // else `fault` has to be reported,
   rnn_ext::cuda::host::Fault fault;  // at a line marked "// <- mark" in small_kernels.cpp
-  std::string mark;
-  bool needs_instrumentation;  // to be noticed
-  std::function<bool()> run;   // launches; whether the results are right
+  std::string mark;                  // (empty: at none)
+  bool needs_instrumentation;        // to be noticed
+  std::function<bool()> run;         // launches; whether the results are right
 };
 std::vector<SmallKernel> small_kernels();
 
