@@ -44,7 +44,18 @@ def _current(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-class _Recurrent(nn.RNNBase):
+class _NotScriptable:
+    """TorchScript cannot read these classes; without this it says so in terms of their source."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            f"torch.jit.script does not take rnn_ext.{self._get_name()}: script "
+            "rnn_ext.to_torch(model), which computes the same from the same parameters, or use "
+            "torch.jit.trace or torch.export"
+        )
+
+
+class _Recurrent(_NotScriptable, nn.RNNBase):
     """The forward that RNN, LSTM and GRU share."""
 
     def _weights(self) -> list[Tensor]:
@@ -189,7 +200,7 @@ class GRU(_Recurrent, nn.GRU):
     __doc__ = nn.GRU.__doc__
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(_NotScriptable, nn.RNNCellBase):
     """One step, which is a sequence of length one."""
 
     def _weights(self) -> list[Tensor]:
@@ -228,12 +239,18 @@ class _Cell(nn.RNNCellBase):
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
-        expected = (input.size(0), self.hidden_size)
         for index, state in enumerate(states):
-            if state is not None and tuple(state.shape) != expected:
+            if state is None:
+                continue
+            if state.size(0) != input.size(0):
                 raise RuntimeError(
-                    f"hidden{index} has inconsistent size: got {tuple(state.shape)}, "
-                    f"expected {expected}"
+                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size "
+                    f"{state.size(0)}"
+                )
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected "
+                    f"{self.hidden_size}"
                 )
 
     def _is_covered(self, input: Tensor) -> bool:
