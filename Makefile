@@ -26,14 +26,14 @@ help: ## Show this list
 demo: $(BUILT) ## Train a character LSTM beside torch.nn's (DEMO_ARGS=--quick for a short run)
 	$(BIN)/python examples/char_lstm.py $(DEMO_ARGS)
 
-test: $(BUILT) test-cpp ## Run the whole test suite, Python and C++
+test: $(BUILT) test-cpp test-module-info ## Run the whole test suite, Python and C++
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
 
 test-third-party: $(BUILT) $(THIRD_PARTY_DEPENDENCIES) ## Run published models with our modules in them
 	$(BIN)/python -m pytest -s tests/third_party
 
 test-module-info: $(BUILT) ## Run torch's own samples for its RNN modules on both libraries
-	$(BIN)/python -m pytest tests/test_module_info.py
+	$(BIN)/python -m pytest tests/module_info
 
 bench: $(BUILT) $(BENCH_DEPENDENCIES) ## Compare with torch.nn, onnxruntime and OpenVINO (BENCH_ARGS=--quick for a short run)
 	@mkdir -p out

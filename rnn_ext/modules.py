@@ -226,7 +226,7 @@ class _Cell(_NotScriptable, nn.RNNCellBase):
             _, h_1, c_1 = F.recurrent(
                 input[None], None,
                 None if h_0 is None else h_0[None], None if c_0 is None else c_0[None],
-                self._weights(), kind, self.bias, 1, False, False, 0.0, False,
+                self._weights(), kind, bool(self.bias), 1, False, False, 0.0, False,
             )  # fmt: skip
         except RuntimeError:
             self._check_sizes(input, h_0, c_0)
