@@ -13,20 +13,28 @@ ENGINE := -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DRNN_EXT_EN
 
 DEPENDENCIES := $(VENV)/.dependencies
 BENCH_DEPENDENCIES := $(VENV)/.bench-dependencies
+THIRD_PARTY_DEPENDENCIES := $(VENV)/.third-party-dependencies
 BUILT := build/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-peers build wheel sdist lint format test-cpp sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
+.PHONY: help demo test bench bench-peers build wheel sdist lint format test-cpp test-third-party \
+	test-module-info sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(BUILT) ## Train a character LSTM beside torch.nn's (DEMO_ARGS=--quick for a short run)
 	$(BIN)/python examples/char_lstm.py $(DEMO_ARGS)
 
-test: $(BUILT) test-cpp ## Run the whole test suite, Python and C++
+test: $(BUILT) test-cpp test-module-info ## Run the whole test suite, Python and C++
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+test-third-party: $(BUILT) $(THIRD_PARTY_DEPENDENCIES) ## Run published models with our modules in them
+	$(BIN)/python -m pytest -s tests/third_party
+
+test-module-info: $(BUILT) ## Run torch's own samples for its RNN modules on both libraries
+	$(BIN)/python -m pytest tests/module_info
 
 bench: $(BUILT) $(BENCH_DEPENDENCIES) ## Compare with torch.nn, onnxruntime and OpenVINO (BENCH_ARGS=--quick for a short run)
 	@mkdir -p out
@@ -103,6 +111,12 @@ $(DEPENDENCIES): requirements-dev.txt
 $(BENCH_DEPENDENCIES): requirements-bench.txt $(DEPENDENCIES)
 	@echo "Installing the packages of requirements-bench.txt into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $< -c requirements-dev.txt
+	@touch $@
+
+# Every package that they need is in the list: without --no-deps one would ask for others of ours.
+$(THIRD_PARTY_DEPENDENCIES): tests/third_party/requirements.txt $(DEPENDENCIES)
+	@echo "Installing the packages of $< into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 # build_ext first: its errors are one line, pip would wrap them. The editable install then finds

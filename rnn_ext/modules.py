@@ -46,7 +46,18 @@ def _current(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-class _Recurrent(nn.RNNBase):
+class _NotScriptable:
+    """TorchScript cannot read these classes; without this it says so in terms of their source."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            f"torch.jit.script does not take rnn_ext.{self._get_name()}: script "
+            "rnn_ext.to_torch(model), which computes the same from the same parameters, or use "
+            "torch.jit.trace or torch.export"
+        )
+
+
+class _Recurrent(_NotScriptable, nn.RNNBase):
     """The forward that RNN, LSTM and GRU share."""
 
     def _weights(self) -> list[Tensor]:
@@ -191,7 +202,7 @@ class GRU(_Recurrent, nn.GRU):
     __doc__ = nn.GRU.__doc__
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(_NotScriptable, nn.RNNCellBase):
     """One step, which is a sequence of length one."""
 
     def _weights(self) -> list[Tensor]:
@@ -217,7 +228,7 @@ class _Cell(nn.RNNCellBase):
             _, h_1, c_1 = F.recurrent(
                 input[None], None,
                 None if h_0 is None else h_0[None], None if c_0 is None else c_0[None],
-                self._weights(), kind, self.bias, 1, False, False, 0.0, False,
+                self._weights(), kind, bool(self.bias), 1, False, False, 0.0, False,
             )  # fmt: skip
         except RuntimeError:
             self._check_sizes(input, h_0, c_0)
@@ -230,12 +241,18 @@ class _Cell(nn.RNNCellBase):
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
-        expected = (input.size(0), self.hidden_size)
         for index, state in enumerate(states):
-            if state is not None and tuple(state.shape) != expected:
+            if state is None:
+                continue
+            if state.size(0) != input.size(0):
                 raise RuntimeError(
-                    f"hidden{index} has inconsistent size: got {tuple(state.shape)}, "
-                    f"expected {expected}"
+                    f"Input batch size {input.size(0)} doesn't match hidden{index} batch size "
+                    f"{state.size(0)}"
+                )
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected "
+                    f"{self.hidden_size}"
                 )
 
     def _is_covered(self, input: Tensor) -> bool:

@@ -89,18 +89,6 @@ def test_two_compilations_for_twenty_shapes(name: str) -> None:
     assert counter.frame_count == 2
 
 
-@each_cell
-def test_one_compilation_if_told_that_shapes_change(name: str) -> None:
-    cls, options = CELLS[name]
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = rnn_ext.compile(
-        Tagger(cls, **options), fullgraph=True, dynamic=True, backend=counter
-    )
-    for i in range(20):  # first sizes that equal no other: torch takes equal ones for the same
-        results_and_gradients(compiled, tokens(9 + i % 7, 17 + (3 * i) % 11))
-    assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize("name", CELL_CLASSES)
 def test_cells(name: str) -> None:
     cell = getattr(nn, name)(4, 6)
