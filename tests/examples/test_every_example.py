@@ -13,7 +13,7 @@ import pytest
 import common
 
 EXAMPLES = Path(common.__file__).parent
-# The number of claims that each makes; char_lstm has tests of its own.
+# The number of claims that each makes; char_lstm and distributed have tests of their own.
 CLAIMS = {
     "numpy_char_rnn": 3,
     "char_rnn": 1,
@@ -33,7 +33,7 @@ CLAIMS = {
 
 def test_every_example_is_listed_here_and_in_the_index():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"common"}
-    assert scripts == {*CLAIMS, "char_lstm"}
+    assert scripts == {*CLAIMS, "char_lstm", "distributed"}
     index = (EXAMPLES / "README.md").read_text()
     assert set(re.findall(r"python examples/(\w+)\.py", index)) == scripts
 
