@@ -28,7 +28,7 @@ demo: $(BUILT) ## Train a character LSTM beside torch.nn's (DEMO_ARGS=--quick fo
 	$(BIN)/python examples/char_lstm.py $(DEMO_ARGS)
 
 test: $(BUILT) test-cpp test-module-info ## Run the whole test suite, Python and C++
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
 
 test-third-party: $(BUILT) $(THIRD_PARTY_DEPENDENCIES) ## Run published models with our modules in them
 	$(BIN)/python -m pytest -s tests/third_party
