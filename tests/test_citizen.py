@@ -77,6 +77,7 @@ def test_quantize_dynamic(name: str) -> None:
     quantized = torch.ao.quantization.quantize_dynamic(plain, {nn.LSTM, nn.GRU})
     assert type(quantized[0]).__module__.startswith("torch.ao.nn.quantized.dynamic")
     input = make_input(name)
+    # Weights and inputs of 8 bits, in a few steps: some hundredths.
     torch.testing.assert_close(quantized(input)[0], plain(input)[0], atol=0.05, rtol=0)
 
 
@@ -217,6 +218,8 @@ def test_autocast_as_torch(name: str) -> None:
     # Of the region's dtype, all three; torch on the CPU leaves its GRU in float32.
     assert [t.dtype for t in flat(found)] == [torch.bfloat16] * len(flat(expected))
     floats = [[t.float() for t in flat(results)] for results in (found, expected)]
+    # A few roundings to bfloat16 (2^-9 each) apart: torch rounds gates where we do not. Accuracy
+    # itself is judged in test_dtypes.py.
     torch.testing.assert_close(*floats, atol=0.02, rtol=0.02)
     flat(found)[0].float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
