@@ -21,13 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import numpy as np
 
 COLORS = {"torch.nn": "tab:orange", "rnn_ext": "tab:blue"}
 
@@ -237,7 +233,3 @@ def read_tar(content: bytes, member: str) -> bytes:
         file = archive.extractfile(member)
         assert file is not None, f"{member} is a folder"
         return file.read()
-
-
-def as_float(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).to(torch.get_default_dtype())
