@@ -6,6 +6,8 @@ CMAKE := $(BIN)/cmake
 # A test that hangs is a failure, not the end of the build's time.
 CTEST := $(BIN)/ctest --output-on-failure --no-tests=error --timeout 600
 JOBS := $(shell nproc)
+# Each Python test process has a torch of its own, some 500 MB.
+TEST_JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 
 CXX_SOURCES := $(shell find csrc tests/cpp tests/cuda_host benchmarks -name "*.h" -o -name "*.cpp" -o -name "*.c" -o -name "*.cu")
 BUILD_INPUTS := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -28,7 +30,7 @@ demo: $(BUILT) ## Train a character LSTM beside torch.nn's (DEMO_ARGS=--quick fo
 	$(BIN)/python examples/char_lstm.py $(DEMO_ARGS)
 
 test: $(BUILT) test-cpp test-module-info ## Run the whole test suite, Python and C++
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
 
 test-third-party: $(BUILT) $(THIRD_PARTY_DEPENDENCIES) ## Run published models with our modules in them
 	$(BIN)/python -m pytest -s tests/third_party
