@@ -340,4 +340,5 @@ def compare_with_numpy(cell: str, way: Way, packed: bool) -> None:
     expected = numpy_twin.run_numpy(module, *step, batch_sizes)
     assert sorted(ours) == sorted(expected)
     for name, array in ours.items():
+        # float64 on both sides, values of about 1: some hundred roundings.
         np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-13, err_msg=name)

@@ -88,6 +88,7 @@ def test_agrees_with_onnxruntime(cell: str, bidirectional: bool, num_layers: int
         with torch.no_grad():
             expected = Net(module)(*inputs)
         for found, truth in zip(session.run(None, feed), expected, strict=True):
+            # float32 of two engines; a gate in the wrong place is off by hundredths.
             np.testing.assert_allclose(found, truth.numpy(), rtol=0, atol=1e-5)
 
 
@@ -103,6 +104,7 @@ def test_cells(name: str) -> None:
     expected = expected if isinstance(expected, tuple) else (expected,)
     found = session.run(None, {session.get_inputs()[0].name: input.numpy()})
     for mine, truth in zip(found, expected, strict=True):
+        # As above.
         np.testing.assert_allclose(mine, truth.detach().numpy(), rtol=0, atol=1e-5)
 
 

@@ -83,6 +83,7 @@ def stack(items: list) -> object:
 
 
 def assert_same(found: object, expected: object) -> None:
+    # float64, summed in another order; derivatives of derivatives lose some digits.
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 

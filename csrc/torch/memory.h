@@ -1,7 +1,7 @@
 // Large blocks of memory, without a page fault for every 4 KB of them at every call: the C library
 // gives such blocks back to the system when they are freed and gets them as fresh pages again. A
-// training step of an LSTM with B = 32, T = 50, H = 256 spent a quarter of its time on that. So
-// up to 256 MiB of freed blocks are kept for the next calls.
+// training step of an LSTM with B = 32, T = 50, H = 256 (41 ms on two threads) met 4653 faults, 12
+// ms of system time. So up to 256 MiB of freed blocks are kept for the next calls.
 #pragma once
 
 #include <ATen/core/Tensor.h>
