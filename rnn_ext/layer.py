@@ -142,7 +142,7 @@ def _fake(*args):
         return input.new_empty((*input.shape[:2], directions * width))
 
     size = 0
-    saved = SAVED.get(call.cell, 0)
+    saved = SAVED.get(call.cell, int(call.zoneout_h is not None))
     if save_reserve and call.checkpoint_steps > 0 and saved:
         segments = (steps + call.checkpoint_steps - 1) // call.checkpoint_steps
         size = segments * directions * batch * (state + (hidden if lstm else 0))
@@ -304,7 +304,7 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
             active = (t < lengths)[:, None]
             position = torch.full_like(lengths, t) if d == 0 else lengths - 1 - t
             if call.detach_steps > 0:
-                cut = ((position > 0) & (position % call.detach_steps == 0))[:, None]
+                cut = active & ((position > 0) & (position % call.detach_steps == 0))[:, None]
                 h, c = torch.where(cut, h.detach(), h), torch.where(cut, c.detach(), c)
             if resets is not None:
                 if d == 0:

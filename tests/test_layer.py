@@ -31,6 +31,7 @@ def draw_call(seed, cell, **forced):
     steps, batch = r.choice([1, 2, 5, 17, 40]), r.choice([1, 2, 3, 9, 35])
     inputs, hidden = r.choice([1, 3, 8, 21]), r.choice([1, 4, 7, 16, 33])
     proj = r.choice([1, 3, 20]) if lstm and maybe("proj", 0.2) else 0
+    proj = proj if proj < hidden else 0
     state = proj or hidden
     directions = 2 if maybe("bidirectional") else 1
     batch_first, bias = maybe("batch_first"), maybe("bias")
