@@ -186,6 +186,8 @@ def _saved_call(ctx) -> tuple[_Call, Tensor, Tensor]:
 
 def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
     call, output, reserve = _saved_call(ctx)
+    if grad_cells is not None and grad_cells.dim() == 1:  # of cells that were not asked for
+        grad_cells = None
     grads = [grad_output, grad_h_n, grad_c_n, grad_cells]
     needs = list(ctx.needs_input_grad[: len(_Call._fields)])
     param_needs = needs[1] if isinstance(needs[1], (list, tuple)) else [needs[1]] * ctx.num_params
@@ -204,9 +206,7 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
     )  # fmt: skip
 
 
-torch.library.register_autograd(
-    "rnn_ext::recurrent_layer", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("rnn_ext::recurrent_layer", _backward, setup_context=_setup_context)
 
 
 def _setup_double(ctx, inputs, output):
@@ -247,8 +247,11 @@ def _double_backward(ctx, found_grads):
         sources = [t for t in (*grads, *leaves) if t is not None]
         second = iter(
             torch.autograd.grad(
-                [y for y, _ in pairs], sources, [g for _, g in pairs],
-                create_graph=create_graph, allow_unused=True,
+                [y for y, _ in pairs],
+                sources,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
             )  # fmt: skip
             if pairs
             else [None] * len(sources)

@@ -244,6 +244,8 @@ Results forward_layer(const Layer& layer, bool return_cells, bool save_reserve) 
   const at::Tensor cells =
       return_cells ? Backend::empty(layer.rows_sizes(D * H), plain) : Backend::empty({0}, plain);
   const at::Tensor reserve = Backend::empty({save_reserve ? layer.reserve_size() : 0}, plain);
+  // Padding and places of segments that there are not: results hold nothing by chance.
+  if (H % kPad != 0 || layer.in.checkpoint_steps > 0) reserve.zero_();
 
   if (layer.empty()) {
     const auto set = [](const at::Tensor& to, const Optional& from) {
