@@ -1,9 +1,9 @@
 """One recurrent layer with what a call may ask for beyond the plain recurrence: rows of different
 lengths, episode resets, masks, zoneout, every cell state, cut gradients, recomputation.
 
-This is the operator ``torch.ops.rnn_ext.recurrent_layer`` with its autograd formula; the modules walk
-through their layers with it (rnn_ext/features.py) when a call uses any of these. Shapes: T steps, B
-rows, D directions, I input size, H hidden size, R = ``proj_size`` if there is one, else H.
+This is the operator ``torch.ops.rnn_ext.recurrent_layer`` with its autograd formula; the modules
+walk through their layers with it (rnn_ext/features.py) when a call uses any of these. Shapes: T
+steps, B rows, D directions, I input size, H hidden size, R = ``proj_size`` if there is one, else H.
 """
 
 from __future__ import annotations
@@ -245,17 +245,13 @@ def _double_backward(ctx, found_grads):
             if y is not None and g is not None and y.requires_grad
         ]
         sources = [t for t in (*grads, *leaves) if t is not None]
-        second = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs],
-                sources,
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
+        second = [None] * len(sources)
+        if pairs:
+            second = torch.autograd.grad(
+                [y for y, _ in pairs], sources, [g for _, g in pairs],
+                create_graph=create_graph, allow_unused=True,
             )  # fmt: skip
-            if pairs
-            else [None] * len(sources)
-        )
+    second = iter(second)
     all_found = [None if t is None else next(second) for t in (*grads, *leaves)]
     of_grads, of_call = all_found[:4], all_found[4:]
     rest = len(_Call._fields) - 8
@@ -276,8 +272,10 @@ def _differentiable_views(tensors: Sequence[Tensor | None]) -> list[Tensor | Non
 
 
 def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The layer in differentiable torch operations, step by step: output, h_n, c_n, cells. Slow, and
-    exact to any order of derivative."""
+    """The layer in differentiable torch operations, step by step: output, h_n, c_n, cells.
+
+    Slow, and exact to any order of derivative.
+    """
     x = call.input.transpose(0, 1) if call.batch_first else call.input
     steps, batch, _ = x.shape
     lstm, directions = call.cell == LSTM, call.directions

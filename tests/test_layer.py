@@ -72,7 +72,7 @@ def draw_call(seed, cell, **forced):
                 call[name] = (rows(directions * hidden, grad=False) > 0.2).double()
             else:
                 call[name] = torch.full((1, 1, directions * hidden), 0.3, dtype=torch.float64)
-                call[name] = call[name].expand(rows(1, grad=False).shape[:2] + (-1,))
+                call[name] = call[name].expand((*rows(1, grad=False).shape[:2], -1))
     if maybe("detach", 0.3):
         call["detach_steps"] = r.choice([1, 2, 7, 50])
     if maybe("checkpoint", 0.3):
