@@ -81,6 +81,7 @@ bool evenly_spaced(const SequenceShape& shape, const StepRows<T>& rows, int64_t*
 template <class Visit>
 void for_rows(const SequenceShape& shape, const StepRange& range, int64_t begin, int64_t end,
               Visit&& visit) {
+  if (begin >= end) return;  // the range ends before this block: the other direction's is longer
   int64_t t = range.first;
   if (!shape.offsets) {
     t += begin / shape.batch;
