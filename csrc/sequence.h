@@ -130,6 +130,8 @@ struct Features {
   // at a whole number of the plan's chunks. Forward starts from h_0, c_0 there and leaves the state
   // at the end in h_n, c_n.
   int64_t first_position = 0, last_position = INT64_MAX;
+  // Forward only: the outputs are there already, and y is a place for one step's.
+  bool again = false;
 
   RNN_EXT_SHARED_INLINE int64_t end(const SequenceShape& shape) const {
     return last_position < shape.steps ? last_position : shape.steps;

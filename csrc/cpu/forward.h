@@ -324,7 +324,7 @@ struct ForwardPass {
     const int64_t begin = block * kMaxRowBlock, last = block_end(begin, range);
     if (begin >= last) return;
     const Direction& w = directions[d];
-    if (panel == 0 && !one_chunk) touch_output(d, range, begin, last);
+    if (panel == 0 && !one_chunk && !features.again) touch_output(d, range, begin, last);
     const Element* x = w.x;
     if constexpr (kValuesAreOperands) {
       if (!gather) x = call.x.at(shape, range.first, 0);

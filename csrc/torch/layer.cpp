@@ -459,6 +459,7 @@ std::vector<at::Tensor> backward_layer(const Layer& layer, const LayerGrads& gra
       // Outputs are there already: what the second run makes of them goes to one step's place.
       const at::Tensor outputs = Backend::empty({B, D * R}, plain);
       again.y = {mutable_data<T>(outputs), 0, D * R};
+      again.features.again = true;
       const c10::DataPtr workspace = backend.workspace(call, plan);
       for (int64_t i = (s.steps - 1) / steps; i >= 0; --i) {
         const int64_t first = i * steps, last = std::min(first + steps, s.steps);

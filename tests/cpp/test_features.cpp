@@ -296,6 +296,7 @@ class Run {
     ForwardCall<double> again = call_;
     Array y;
     again.y = {make(y, B_ * wide), 0, wide};
+    again.features.again = true;
     again.cells = {};
     for (int64_t first = (steps - 1) / segments * segments; first >= 0; first -= segments) {
       const int64_t last = std::min(first + segments, steps);
