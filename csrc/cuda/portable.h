@@ -6,10 +6,10 @@
 // reads it. What both halves define:
 //
 //   RNN_EXT_KERNEL, RNN_EXT_DEVICE          in front of a kernel, of a device function
-//   RNN_EXT_LAUNCH_BOUNDS(threads, blocks)  after RNN_EXT_KERNEL: at most, per multiprocessor at
-//   least RNN_EXT_GRID_CONSTANT                   const RNN_EXT_GRID_CONSTANT Params p: read in
-//   place RNN_EXT_SHARED(Type, name);             a static shared variable; name an array type
-//   first dynamic_shared<T>(byte_offset)          the launch's shared memory, aligned to 128 bytes
+//   RNN_EXT_LAUNCH_BOUNDS(threads, blocks)  after RNN_EXT_KERNEL; blocks: at least, of an SM
+//   const RNN_EXT_GRID_CONSTANT Params p    a kernel's parameter, read in place
+//   RNN_EXT_SHARED(Type, name);             a static shared variable; name an array type first
+//   dynamic_shared<T>(byte_offset)          the launch's shared memory, aligned to 128 bytes
 //
 //   thread_index() block_size() block_index() grid_size()     one-dimensional throughout
 //   lane_index() warp_index()
