@@ -155,6 +155,8 @@ TEST(wide_blocks_where_there_are_few_multiprocessors) {
   CHECK(plan.method == Method::kPersistent);
   CHECK(plan.cut == Cut::kWide);
   CHECK_EQ(plan.units, 16);
+  // 24 rows of partial sums have no room beside the weights, a second group no multiprocessors.
+  CHECK(make_plan(input("a100", DType::kFloat16, 100, 17, 1024)).method == Method::kStepwise);
   CHECK(make_plan(input("a100", DType::kFloat16, 100, 16, 1024, true)).method ==
         Method::kPersistent);
 }
