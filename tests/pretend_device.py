@@ -56,10 +56,10 @@ def holder_of(tensor: Tensor) -> object:
         return tensor
 
 
-def put(value: object, label: str, again: bool = False) -> None:
-    """Label what has no label (or all that is in the CPU's memory)."""
+def put(value: object, label: str) -> None:
+    """Label what has no label."""
     for tensor in tensors_in(value):
-        if tensor.device.type == HERE and (again or label_of(tensor) is None):
+        if tensor.device.type == HERE and label_of(tensor) is None:
             holder_of(tensor).pretended = label
 
 
@@ -144,8 +144,8 @@ class PretendDevice(TorchFunctionMode):
                 if isinstance(argument, Tensor):
                     target, rest[i] = label_of(argument), argument.dtype
                 elif isinstance(argument, (str, torch.device)):
-                    target, rest[i] = torch.device(argument).type, HERE
-                    rest[i] = target if target == "meta" else HERE
+                    target = torch.device(argument).type
+                    rest[i] = "meta" if target == "meta" else HERE
             result = func(tensor, *rest, **kwargs)
         else:
             result = tensor.view_as(tensor) if before != target else tensor
