@@ -245,6 +245,7 @@ struct PersistentForward {
 template <class Cell, class T, Cut kCut>
 RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persistent_forward_kernel(
     const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
+  if (kCut != Cut::kLanes && !kHasTensorCores) return;  // never launched: no code for it either
   using Block = PersistentBlock<Cell, T, false, kCut>;
   using C = Compute<T>;
   constexpr int kGates = Block::kGates, kUnits = Block::kUnits;
@@ -370,6 +371,7 @@ struct PersistentBackward {
 template <class Cell, class T, Cut kCut>
 RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persistent_backward_kernel(
     const RNN_EXT_GRID_CONSTANT PersistentBackward<T> p) {
+  if (kCut != Cut::kLanes && !kHasTensorCores) return;  // never launched: no code for it either
   using Block = PersistentBlock<Cell, T, true, kCut>;
   using C = Compute<T>;
   constexpr int kGates = Block::kGates, kUnits = Block::kUnits;

@@ -25,6 +25,7 @@
 //   copy_async_commit() copy_async_wait<N>()    own copies only: a barrier makes others' visible
 //
 //   mma_m16n8k16<Float16 | BFloat16>(acc, a, b)  mma_m16n8k8_tf32(acc, a, b)    acc += a b
+//   kHasTensorCores                         whether this compilation has both
 //
 //   launch(config, kernel, arguments...)    an Error, kSuccess or not: nothing throws or waits
 #pragma once

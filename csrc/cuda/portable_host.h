@@ -173,6 +173,7 @@ RNN_EXT_DEVICE double exponential(double x) { return std::exp(x); }
 RNN_EXT_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
 RNN_EXT_DEVICE double hyperbolic_tangent(double x) { return std::tanh(x); }
 
+inline constexpr bool kHasTensorCores = true;
 template <class T>
 RNN_EXT_DEVICE void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>);

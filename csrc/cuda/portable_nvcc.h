@@ -205,6 +205,9 @@ RNN_EXT_DEVICE double exponential(double x) { return ::exp(x); }
 RNN_EXT_DEVICE float hyperbolic_tangent(float x) { return ::tanhf(x); }
 RNN_EXT_DEVICE double hyperbolic_tangent(double x) { return ::tanh(x); }
 
+// The device that this pass compiles for has all products below.
+inline constexpr bool kHasTensorCores = RNN_EXT_SM80;
+
 // --- Matrix fragments ----------------------------------------------------------------------------
 // With g = lane / 4, t = lane % 4, a register of two narrow values holding the lower index in its
 // low half:
@@ -227,15 +230,7 @@ RNN_EXT_DEVICE void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const 
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  if constexpr (std::is_same_v<T, Float16>) {  // two products of half the depth
-    for (int half = 0; half < 2; ++half)
-      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-          "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-          : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-          : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
-  } else {
-    __trap();  // compute capability 7.5 multiplies no bfloat16: the plan never asks it to
-  }
+  __trap();
 #endif
 }
 

@@ -19,8 +19,9 @@ namespace rnn_ext::cuda {
 template <class T, int kTileRows, int kTiles, int kSlots>
 struct TensorCoreProduct {
   static_assert(kTileRows == 16);
-  static constexpr int kWarpTiles = kTiles * kSlots / kWarps;
-  static_assert(kWarpTiles * kWarps == kTiles * kSlots);
+  static_assert(kWarps % kSlots == 0);
+  static constexpr int kShares = kWarps / kSlots;  // the tiles are shared among so many warps
+  static constexpr int kWarpTiles = (kTiles + kShares - 1) / kShares;
   static constexpr int kColumnTiles = kPassRows / kRowTile;
   static constexpr int kValues = kVectorLength<T>;
   static constexpr int kDepth = 4 * kValues;  // of a fragment
@@ -70,6 +71,7 @@ struct TensorCoreProduct {
           registers(load_vector_l2<T, kValues>(from + (n * count + f) * kFragment), b[n]);
 #pragma unroll
       for (int m = 0; m < kWarpTiles; ++m) {
+        if (!has_tile(first_tile + m)) continue;
         const T* const w =
             weights + ((first_tile + m) * count + f) * 2 * kFragment + lane * kValues;
         uint32_t upper[4], lower[4];
@@ -92,7 +94,7 @@ struct TensorCoreProduct {
     for (int m = 0; m < kWarpTiles; ++m)
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
-        if (n >= tiles) continue;
+        if (n >= tiles || !has_tile(first_tile + m)) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float* const at = to + (m * 16 + half * 8) * stride + n * kRowTile;
@@ -103,6 +105,8 @@ struct TensorCoreProduct {
   }
 
  private:
+  // The last warps may have one tile less; all lanes of a warp agree.
+  static RNN_EXT_DEVICE bool has_tile(int tile) { return kTiles % kShares == 0 || tile < kTiles; }
   static RNN_EXT_DEVICE void multiply_add(float (&acc)[4], const uint32_t (&a)[4],
                                           const uint32_t (&b)[2]) {
     if constexpr (sizeof(T) == 4)

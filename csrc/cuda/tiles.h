@@ -88,13 +88,11 @@ RNN_EXT_SHARED_INLINE constexpr Tiling tiling(int gates, bool backward, Cut cut)
   const int units = units_of_block(gates, backward, cut), rows = tile_rows(backward, cut);
   const int needed = backward ? units : gates * units;
   const int tiles = (needed + rows - 1) / rows;
-  // On tensor cores a warp makes all tiles from each operand it loads; of a wide block half of them
-  // if it can, for half the partial sums: else an LSTM's would have no room beside the weights of
-  // 1024 units. Without tensor cores a warp has one tile.
-  const int of_warp = cut == Cut::kLanes                    ? 1
-                      : cut == Cut::kWide && tiles % 2 == 0 ? tiles / 2
-                                                            : tiles;
-  return {units, rows, tiles, kWarps * of_warp / tiles};
+  // On tensor cores a warp makes all tiles from each operand it loads; of a wide block half of
+  // them, for half the partial sums (an LSTM's would have no room beside the weights of 1024 units)
+  // and half the accumulators. Without tensor cores a warp has one tile.
+  const int slots = cut == Cut::kLanes ? kWarps / tiles : cut == Cut::kWide ? kWarps / 2 : kWarps;
+  return {units, rows, tiles, slots};
 }
 
 // K: the units, backward those of every gate, padded gate by gate.
