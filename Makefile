@@ -21,7 +21,7 @@ BUILT := build/.built
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test bench bench-peers build wheel sdist lint format test-cpp test-third-party \
-	test-module-info sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
+	test-device test-module-info sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-third-party: $(BUILT) $(THIRD_PARTY_DEPENDENCIES) ## Run published models w
 
 test-module-info: $(BUILT) ## Run torch's own samples for its RNN modules on both libraries
 	$(BIN)/python -m pytest tests/module_info
+
+test-device: $(BUILT) ## Run the suite as on a GPU, on a device that is none: is no test tied to the CPU?
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --device=pretend
 
 bench: $(BUILT) $(BENCH_DEPENDENCIES) ## Compare with torch.nn, onnxruntime and OpenVINO (BENCH_ARGS=--quick for a short run)
 	@mkdir -p out

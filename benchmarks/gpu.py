@@ -1,4 +1,4 @@
-"""Time rnn_ext on a GPU beside torch.nn (cuDNN) and a compiled loop.
+"""Time rnn_ext on a GPU beside torch.nn (cuDNN), flashrnn and a compiled loop.
 
 For each case the results are checked first, against torch.nn in float64 on the same device. Then
 every side is captured into a CUDA graph that calls it on buffers in rotation (together larger than
@@ -19,13 +19,15 @@ import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import flash
 import rnn_ext
 from rnn_ext._bench import Case, Deviation, Workload, compare_all
 
@@ -44,6 +46,7 @@ WARM_UP_CALLS = 3
 BASELINE = "torch.nn"
 OURS = "rnn_ext"
 COMPILED = "compiled loop"
+FLASH = "flashrnn"
 
 
 def grid() -> Iterator[Case]:
@@ -93,7 +96,32 @@ class CompiledOnDevice(OnDevice):
         return self.loop(self.step, self.input, self.first_state, *self.parameters)
 
 
-def build_sides(case: Case, device: torch.device, seed: int) -> dict[str, Workload]:
+class FlashOnDevice(OnDevice):
+    """The package flashrnn, see flash.py."""
+
+    def __init__(self, case: Case, module: nn.RNNBase, device: torch.device, seed: int = 1) -> None:
+        self.function = flash.flashrnn_function()
+        self.cell, self.dtype = case.cell, case.dtype
+        super().__init__(case, module, device, seed)
+
+    def _forward(self) -> tuple[Tensor, ...]:
+        return flash.forward(self.function, self.cell, self.dtype, self.input, *self.parameters)
+
+
+def why_flashrnn_is_absent(case: Case, device: torch.device) -> str:
+    """Empty where flashrnn runs the case. It compiles itself at the first call, so anything may go
+    wrong then; whatever it is, the row says it."""
+    try:
+        FlashOnDevice(case, case.build_module(nn), device)()
+    except Exception as error:
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        return f"{type(error).__name__}: {first_line[:200]}"
+    return ""
+
+
+def build_sides(
+    case: Case, device: torch.device, seed: int, with_flash: bool = False
+) -> dict[str, Workload]:
     """The case in every engine that has it, with the same weights and inputs."""
     torch.manual_seed(0)
     reference = case.build_module(nn)
@@ -107,15 +135,19 @@ def build_sides(case: Case, device: torch.device, seed: int) -> dict[str, Worklo
         BASELINE: OnDevice(case, alike(nn), device, seed),
         OURS: OnDevice(case, alike(rnn_ext), device, seed),
     }
+    if with_flash:
+        sides[FLASH] = FlashOnDevice(case, alike(nn), device, seed)
     if case.steps <= COMPILED_STEPS:
         torch.compiler.reset()
         sides[COMPILED] = CompiledOnDevice(case, alike(nn), device, seed)
     return sides
 
 
-def wrong_results(case: Case, device: torch.device) -> dict[str, list[Deviation]]:
+def wrong_results(
+    case: Case, device: torch.device, with_flash: bool = False
+) -> dict[str, list[Deviation]]:
     """What each side but torch.nn computes wrongly."""
-    sides = build_sides(case, device, seed=1)
+    sides = build_sides(case, device, 1, with_flash)
     torch_nn = sides.pop(BASELINE)
     deviations = compare_all(
         case, sides, torch_nn, make=lambda case, module: OnDevice(case, module, device)
@@ -199,6 +231,7 @@ class Row:
     wrong: dict[str, list[str]]
     gflops: float
     floor_seconds: float | None = None  # of the cost model, where the device is one of its table
+    absent: dict[str, str] = field(default_factory=dict)  # peers that could not run it, and why
 
     @property
     def ratio(self) -> float:
@@ -238,11 +271,13 @@ def floor_of(case: Case, model: str | None) -> float | None:
 def measure(case: Case, device: torch.device, rounds: int, model: str | None) -> Row:
     """Check one case, then time the sides that are right, in turn."""
     on_gpu = device.type == "cuda"
-    wrong = wrong_results(case, device)
+    no_flash = why_flashrnn_is_absent(case, device)
+    wrong = wrong_results(case, device, not no_flash)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
-    first = build_sides(case, device, seed=1)
+    first = build_sides(case, device, 1, not no_flash)
     count = buffers_for(first[BASELINE], cache)
-    buffers = [first, *(build_sides(case, device, seed) for seed in range(2, count + 1))]
+    others = (build_sides(case, device, seed, not no_flash) for seed in range(2, count + 1))
+    buffers = [first, *others]
     prepare = prepare_on_gpu if on_gpu else prepare_on_host
     seconds_of = seconds_on_gpu if on_gpu else seconds_on_host
     samples: dict[str, list[float]] = {name: [] for name in first if name not in wrong}
@@ -269,6 +304,7 @@ def measure(case: Case, device: torch.device, rounds: int, model: str | None) ->
         wrong={name: [str(deviation) for deviation in found] for name, found in wrong.items()},
         gflops=case.flops / medians[OURS] / 1e9 if OURS in medians else math.nan,
         floor_seconds=floor_of(case, model),
+        absent={FLASH: no_flash} if no_flash else {},
     )
 
 
@@ -282,8 +318,8 @@ def markdown(rows: Sequence[Row], title: str) -> str:
         "Milliseconds a call. Ratio: torch.nn's time over ours. Floor: share of the time that the "
         "cost model's lower bound accounts for.",
         "",
-        "| case | torch.nn | rnn_ext | compiled loop | ratio | GFLOP/s | floor |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| case | torch.nn | rnn_ext | compiled loop | flashrnn | ratio | GFLOP/s | floor |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
     def milliseconds(row: Row, name: str) -> str:
@@ -295,12 +331,14 @@ def markdown(rows: Sequence[Row], title: str) -> str:
         share = "" if math.isnan(row.floor_share) else f"{row.floor_share:.0%}"
         cells = [
             f"{row.cell} {row.dtype} B{row.batch} T{row.steps} H{row.hidden} {row.mode}",
-            *(milliseconds(row, name) for name in (BASELINE, OURS, COMPILED)),
+            *(milliseconds(row, name) for name in (BASELINE, OURS, COMPILED, FLASH)),
             f"{row.ratio:.2f}",
             f"{row.gflops:.0f}",
             share,
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    reasons = Counter(f"{name}: {why}" for row in rows for name, why in row.absent.items())
+    lines += [""] + [f"Absent from {n} of {len(rows)} cases: {why}" for why, n in reasons.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -368,7 +406,7 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
     for case in cases:
         rows.append(measure(case, device, arguments.rounds, model))
         row = rows[-1]
-        print(f"{case.label}: {'WRONG' if row.wrong else f'{row.ratio:.2f}x'}", flush=True)
+        print(f"{case.label}: {'WRONG' if OURS in row.wrong else f'{row.ratio:.2f}x'}", flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     title = f"rnn_ext {rnn_ext.__version__} on {name}, torch {torch.__version__}"
     if arguments.json:
@@ -378,7 +416,7 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         arguments.markdown.write_text(markdown(rows, title))
     if arguments.png and rows:
         heat_map(rows, arguments.png, title)
-    return 1 if any(row.wrong for row in rows) else 0
+    return 1 if any(name != FLASH for row in rows for name in row.wrong) else 0
 
 
 if __name__ == "__main__":

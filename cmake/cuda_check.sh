@@ -59,6 +59,8 @@ PATH="$PWD/$venv/bin:$PATH" RNN_EXT_CUDA=1 \
 [ $failed = 0 ] || exit 1
 step info $venv/bin/python -m rnn_ext info
 step tests-gpu $venv/bin/python -m pytest tests/test_cuda.py -p no:cacheprovider -ra
+step tests-device $venv/bin/python -m pytest tests --ignore tests/test_cuda.py --device=cuda \
+  -p no:cacheprovider -q
 step tests-cpu $venv/bin/python -m pytest tests --ignore tests/test_cuda.py -p no:cacheprovider -q
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do

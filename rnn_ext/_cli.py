@@ -330,6 +330,7 @@ def explain_on_device(case: Case, device: str) -> None:
             backward=backward,
             training=case.training,
             device=device,
+            allow_tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
         )
         method, reason = plan.pop("method"), plan.pop("reason")
         parts = plan.pop("seconds")

@@ -15,9 +15,10 @@ from types import ModuleType
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 
 import rnn_ext
+from devices import chosen, to_device
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 CLASS_NAMES = ("RNN", "LSTM", "GRU")
@@ -67,6 +68,16 @@ class Call:
     def dtype(self) -> torch.dtype:
         return next(iter(self.leaves.values())).dtype
 
+    def leaves_for(self, module: nn.Module) -> dict[str, Tensor]:
+        """Fresh copies of the leaves, on the module's device."""
+        place = next(module.parameters()).device
+        return {name: leaf.detach().clone().to(place) for name, leaf in self.leaves.items()}
+
+
+def normal(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """Random float64, the same for every device: on the CPU."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+
 
 def flatten(results: object) -> list[Tensor]:
     """The tensors in what a module returned, in order."""
@@ -83,17 +94,22 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Call the module, go backward if the call says so; return results and gradients by name.
 
+    The call's data goes to the module's device, what is returned comes to the CPU.
+
     Args:
         exactly: evaluate in float64.
         neighbor: number of a point near the call's data to use instead (see the error policy).
     """
+    place = next(module.parameters()).device
     moves = None if neighbor is None else torch.Generator().manual_seed(neighbor)
 
     def prepare(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
+        tensor = tensor.detach().to(place)
         if moves is not None:
-            steps = torch.randint(-1, 2, tensor.shape, generator=moves, dtype=torch.float64)
-            moved = tensor.double() * (1 + torch.finfo(call.dtype).eps * steps)
+            steps = torch.randint(
+                -1, 2, tensor.shape, generator=moves, dtype=torch.float64, device="cpu"
+            )
+            moved = tensor.double() * (1 + torch.finfo(call.dtype).eps * steps.to(place))
             tensor = moved.to(call.dtype)
         return tensor.double() if exactly else tensor
 
@@ -112,16 +128,13 @@ def evaluate(
     named = {name: result.detach() for name, result in zip(names, results, strict=False)}
     if call.backward:
         generator = torch.Generator().manual_seed(call.seed)
-        cotangents = [
-            prepare(torch.randn(r.shape, generator=generator, dtype=torch.float64).to(call.dtype))
-            for r in results
-        ]
+        cotangents = [prepare(normal(generator, r.shape).to(call.dtype)) for r in results]
         wanted = leaves | dict(module.named_parameters())
         gradients = torch.autograd.grad(
             results, list(wanted.values()), cotangents, allow_unused=True, materialize_grads=True
         )
         named |= {f"d_{n}": g for n, g in zip(wanted, gradients, strict=True)}
-    return named
+    return {name: value.cpu() for name, value in named.items()}
 
 
 def assert_matches_torch(ours: nn.Module, call: Call, theirs: nn.Module | None = None) -> None:
@@ -249,13 +262,19 @@ class Config:
 
 
 def make_module(config: Config, library: ModuleType = rnn_ext) -> nn.RNNBase:
-    """The module of a configuration, with the same weights in both libraries."""
+    """The module of a configuration, with the same weights in both libraries.
+
+    That of torch.nn, the reference, is on the CPU.
+    """
     torch.manual_seed(config.seed)
-    return getattr(library, config.class_name)(**config.options()).train(config.training)
+    module = getattr(library, config.class_name)(**config.options(), device="cpu")
+    module.train(config.training)
+    return module if library is nn else module.to(chosen())
 
 
 def torch_twin(module: nn.Module) -> nn.Module:
-    """A plain torch.nn module with the weights that `module` would use if it were called now."""
+    """A plain torch.nn module with the weights that `module` would use if it were called now, on
+    the CPU (see devices.py)."""
     kind = next(c for c in type(module).__mro__ if c.__module__ == nn.LSTM.__module__)
     accepted = {
         nn.RNN: ("num_layers", "batch_first", "bidirectional", "dropout", "nonlinearity"),
@@ -264,8 +283,8 @@ def torch_twin(module: nn.Module) -> nn.Module:
         nn.RNNCell: ("nonlinearity",),
     }
     options = {name: getattr(module, name) for name in accepted.get(kind, ())}
-    twin = kind(module.input_size, module.hidden_size, bias=module.bias, **options)
-    weights = {name: getattr(module, name).detach() for name in twin.state_dict()}
+    twin = kind(module.input_size, module.hidden_size, bias=module.bias, device="cpu", **options)
+    weights = {name: getattr(module, name).detach().cpu() for name in twin.state_dict()}
     twin.to(next(iter(weights.values())).dtype).load_state_dict(weights)
     return twin.train(module.training)
 
@@ -281,6 +300,12 @@ LAYOUTS: dict[str, tuple[Callable[[torch.Size], Sequence[int]], Callable[[Tensor
     "slice": (lambda s: (s[0] + 2, *s[1:-1], s[-1] + 3), lambda leaf: leaf[1:-1, ..., 2:-1]),
     "expanded": (lambda s: (1, *s[1:]), lambda leaf: leaf),  # make_call expands what is left
 }
+
+
+def pack(sequences: Sequence[Tensor], *, enforce_sorted: bool = True) -> PackedSequence:
+    """torch's pack_sequence, which wants the CPU to be the default device: for its lengths."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device="cpu")
+    return pack_padded_sequence(pad_sequence(sequences), lengths, enforce_sorted=enforce_sorted)
 
 
 def make_call(config: Config) -> Call:
@@ -303,7 +328,7 @@ def make_call(config: Config) -> Call:
             leading.reverse()
         shapes[name] = torch.Size([*leading, size])
     leaves = {
-        name: torch.randn(*leaf_shape(s), generator=generator, dtype=torch.float64).to(config.dtype)
+        name: to_device(normal(generator, leaf_shape(s)).to(config.dtype))
         for name, s in shapes.items()
     }
 
@@ -313,7 +338,7 @@ def make_call(config: Config) -> Call:
         if lengths is not None:
             arguments[0] = pack_padded_sequence(
                 arguments[0],
-                torch.tensor(lengths),
+                torch.tensor(lengths, device="cpu"),
                 batch_first=config.batch_first,
                 enforce_sorted=list(lengths) == sorted(lengths, reverse=True),
             )
@@ -343,7 +368,7 @@ def make_cell_call(
             sizes["c_0"] = hidden_size
     leading = () if batch is None else (batch,)
     leaves = {
-        name: torch.randn(*leading, size, generator=generator, dtype=torch.float64).to(dtype)
+        name: to_device(normal(generator, (*leading, size)).to(dtype))
         for name, size in sizes.items()
     }
 

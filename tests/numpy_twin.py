@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from devices import chosen, to_device
 from references import STANDARD, Activation, Array, stack
 
 Arrays = dict[str, Array]
@@ -29,10 +30,11 @@ def make_module(
     *,
     dtype: torch.dtype = torch.float64,
     seed: int = 1,
-    **options: float,
+    **options: object,
 ) -> nn.RNNBase:
     """A recurrent module of ``library`` (torch.nn or rnn_ext); "lstm_proj" projects to H/2."""
     torch.manual_seed(seed)
+    options["device"] = "cpu"  # where the seed gives the same weights on every machine
     if cell.startswith("rnn_"):
         nonlinearity = cell.removeprefix("rnn_")
         module = library.RNN(input_size, hidden_size, nonlinearity=nonlinearity, **options)
@@ -41,7 +43,7 @@ def make_module(
     else:
         proj_size = (hidden_size + 1) // 2 if cell == "lstm_proj" else 0
         module = library.LSTM(input_size, hidden_size, proj_size=proj_size, **options)
-    return module.to(dtype)
+    return module.to(dtype) if library is nn else module.to(chosen(), dtype)
 
 
 def cell_name(module: nn.RNNBase) -> str:
@@ -63,8 +65,8 @@ def random_step(
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return value.to(module.weight_ih_l0.dtype)
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return to_device(value.to(module.weight_ih_l0.dtype))
 
     lead = (steps, batch) if batch_sizes is None else (int(batch_sizes.sum()),)
     shapes = state_shapes(module, batch)
@@ -83,20 +85,22 @@ def run_torch(
     dfinal: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
 ) -> Arrays:
-    """One step of a time-first module: torch.nn's or one that claims to equal it."""
-    x = x.detach().requires_grad_()
-    states = [state.detach().requires_grad_() for state in initial]
+    """One step of a time-first module: torch.nn's or one that claims to equal it; on its device."""
+    place = module.weight_ih_l0.device
+    x = x.detach().to(place).requires_grad_()
+    states = [state.detach().to(place).requires_grad_() for state in initial]
     hx = tuple(states) if len(states) == 2 else states[0]
     output, final = module(x if batch_sizes is None else PackedSequence(x, batch_sizes), hx)
     output = output if batch_sizes is None else output.data
     final = final if isinstance(final, tuple) else (final,)
     names, parameters = zip(*module.named_parameters(), strict=True)
-    gradients = torch.autograd.grad([output, *final], [x, *states, *parameters], [doutput, *dfinal])
+    cotangents = [d.to(place) for d in (doutput, *dfinal)]
+    gradients = torch.autograd.grad([output, *final], [x, *states, *parameters], cotangents)
     values = [output, *final, *gradients]
     state_names = STATES[: len(states)]
     keys = ["output", *(f"{s}_n" for s in state_names), "d_input"]
     keys += [*(f"d_{s}_0" for s in state_names), *(f"d_{name}" for name in names)]
-    return {key: value.detach().numpy() for key, value in zip(keys, values, strict=True)}
+    return {key: value.detach().cpu().numpy() for key, value in zip(keys, values, strict=True)}
 
 
 def run_numpy(
@@ -112,7 +116,7 @@ def run_numpy(
     """The same step through ``references``, in float64 whatever the module's dtype."""
 
     def array(value: Tensor) -> Array:
-        return value.detach().to(torch.float64).numpy()
+        return value.detach().to(torch.float64).cpu().numpy()
 
     cell = cell_name(module)
     params = stack.split_flat_weights(

@@ -152,6 +152,20 @@ def test_bench_explains_a_device_that_is_not_there(capsys, monkeypatch, device, 
         assert ("persistent" in out) or ("stepwise" in out)
 
 
+def test_prediction_for_float32_follows_torchs_setting_for_tf32(capsys):
+    before = torch.get_float32_matmul_precision()
+    printed = []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            assert _cli.main(["bench", "--explain", "--device-model", "h100", "--batch", "32"]) == 0
+            printed.append(capsys.readouterr().out)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert "tensor_cores False" in printed[0]
+    assert "tensor_cores True" in printed[1]
+
+
 def test_prediction_of_the_design_point_is_documented():
     """docs/cuda.md states what the model says."""
     shape = ("lstm", 1024, 16, 768, 768)

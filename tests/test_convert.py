@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import rnn_ext
+from devices import to_device
 from helpers import ALL_CLASS_NAMES, CLASS_NAMES, flatten
 
 each_class = pytest.mark.parametrize("name", ALL_CLASS_NAMES)
@@ -50,7 +51,8 @@ class Net(nn.Module):
 
 
 def tokens() -> Tensor:
-    return torch.randint(11, (5, 4), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return to_device(torch.randint(11, (5, 4), generator=generator, device="cpu"))
 
 
 def classes(model: nn.Module) -> list[type]:

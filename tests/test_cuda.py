@@ -203,6 +203,21 @@ def test_autocast(dtype):
     assert module.weight_hh_l0.grad.dtype == torch.float32
 
 
+@pytest.mark.skipif(
+    HERE and torch.cuda.get_device_capability() < (8, 0), reason="no TF32 before 8.0"
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_only_where_torch_allows_it(cell):
+    """Rounding both operands of a product to TF32 moves it by 2^-10 of its terms at most; weights
+    of 1/16 and states below 1 make that 256 terms of 2^-14 with either sign in each step."""
+    ours, _ = pair(Case(cell, 16, 10, 64, 256))
+    exact = ours()[0].clone()
+    torch.backends.cuda.matmul.allow_tf32 = True  # full_precision sets it back
+    rounded = ours()[0]
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=10 * 16 * 2**-14)
+
+
 def test_other_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")

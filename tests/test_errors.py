@@ -35,6 +35,7 @@ class Mistake:
     make: Callable[[ModuleType, str], object]
     says: tuple[str, ...]  # regular expressions, each to be found in our message
     on: tuple[str, ...] = ()  # names of classes; empty: every class of the table's kind
+    cpu_only: str = ""  # why, if so
 
 
 def x(*shape: int, **options: object) -> Tensor:
@@ -73,6 +74,7 @@ def with_weight(attribute: str, change: Callable[[Tensor], Tensor]) -> Callable:
     return make
 
 
+ASSERTED_ON_A_GPU = "an index out of range ends a process that uses a GPU"
 FLOAT64 = r"float64|Double"
 FLOAT32 = r"float32|\bFloat\b"
 STATE = r"hx|h_0|hidden"
@@ -183,15 +185,20 @@ INPUTS = [
     Mistake(
         "meta input",
         call(lambda name: (x(device="meta"),)),
-        ("not at the same device.*input tensor at meta and parameter tensor at cpu",),
+        ("not at the same device.*input tensor at meta and parameter tensor at (cpu|cuda)",),
     ),
     Mistake(
         "meta module",
         call(lambda name: (x(),), device="meta"),
-        ("not at the same device.*input tensor at cpu and parameter tensor at meta",),
+        ("not at the same device.*input tensor at (cpu|cuda) and parameter tensor at meta",),
     ),
-    Mistake("int bidirectional", call(lambda name: (x(),), bidirectional=1), ("bool",)),
-    Mistake("NumPy input", call(lambda name: (x().numpy(),)), ("ndarray",)),
+    Mistake(
+        "int bidirectional",
+        call(lambda name: (x(),), bidirectional=1),
+        ("bool",),
+        cpu_only="under torch.device(...) operators called from Python take an int for a bool",
+    ),
+    Mistake("NumPy input", call(lambda name: (x(device="cpu").numpy(),)), ("ndarray",)),
     Mistake("list input", call(lambda name: ([[1.0, 2.0]],)), ("list",)),
     Mistake("None input", call(lambda name: (None,)), ("NoneType",)),
     Mistake("no input", call(lambda name: ()), ("missing.*'input'",)),
@@ -261,7 +268,7 @@ STATES = [
     Mistake(
         "meta",
         call(lambda name: (x(), state(name, 1, 2, 6, device="meta"))),
-        ("not at the same device.*input tensor at cpu and hidden tensor at meta",),
+        ("not at the same device.*input tensor at (cpu|cuda) and hidden tensor at meta",),
     ),
     Mistake(
         "NumPy",
@@ -319,16 +326,16 @@ STATES = [
     ),
 ]
 
-SIZES = torch.tensor([2, 2, 1])
+SIZES = torch.tensor([2, 2, 1], device="cpu")
 PACKED = [
     Mistake(
         "lengths not sorted",
-        call(lambda name: (pack_padded_sequence(x(), torch.tensor([2, 3])),)),
+        call(lambda name: (pack_padded_sequence(x(), torch.tensor([2, 3], device="cpu")),)),
         ("must be sorted in decreasing order", "enforce_sorted=False"),
     ),
     Mistake(
         "length 0",
-        call(lambda name: (pack_padded_sequence(x(), torch.tensor([2, 0])),)),
+        call(lambda name: (pack_padded_sequence(x(), torch.tensor([2, 0], device="cpu")),)),
         ("greater than 0",),
     ),
     Mistake("features", call(lambda name: (packed(x(5, 5), SIZES),)), (r"\b5\b", r"\b4\b")),
@@ -340,22 +347,22 @@ PACKED = [
     Mistake("3-D data", call(lambda name: (packed(x(5, 1, 4), SIZES),)), ("2.*dim|dim.*2|2-D",)),
     Mistake(
         "too little data",
-        call(lambda name: (packed(x(5, 4), torch.tensor([3, 3, 1])),)),
+        call(lambda name: (packed(x(5, 4), torch.tensor([3, 3, 1], device="cpu")),)),
         ("batch_sizes", r"\b5\b"),
     ),
     Mistake(
         "batch sizes that grow",
-        call(lambda name: (packed(x(5, 4), torch.tensor([2, 3])),)),
+        call(lambda name: (packed(x(5, 4), torch.tensor([2, 3], device="cpu")),)),
         ("batch_sizes", "decreas|increas|sorted|grow"),
     ),
     Mistake(
         "negative batch size",
-        call(lambda name: (packed(x(2, 4), torch.tensor([2, 1, -1])),)),
+        call(lambda name: (packed(x(2, 4), torch.tensor([2, 1, -1], device="cpu")),)),
         ("batch_sizes",),
     ),
     Mistake(
         "no batch sizes",
-        call(lambda name: (packed(x(0, 4), torch.tensor([], dtype=torch.int64)),)),
+        call(lambda name: (packed(x(0, 4), torch.tensor([], dtype=torch.int64, device="cpu")),)),
         ("index 0 is out of bounds|batch_sizes",),
     ),
     Mistake(
@@ -393,6 +400,7 @@ PACKED = [
             )
         ),
         ("out of (DATA )?bounds|index out of range",),
+        cpu_only=ASSERTED_ON_A_GPU,
     ),
     Mistake(
         "sorted_indices out of range",
@@ -403,6 +411,7 @@ PACKED = [
             )
         ),
         ("out of (DATA )?bounds|index out of range",),
+        cpu_only=ASSERTED_ON_A_GPU,
     ),
 ]
 
@@ -452,7 +461,7 @@ CELLS = [
     Mistake(
         "int64 input", call(lambda name: (x(2, 4, dtype=torch.int64),)), ("int64|Long", FLOAT32)
     ),
-    Mistake("meta input", call(lambda name: (x(2, 4, device="meta"),)), ("meta", "cpu")),
+    Mistake("meta input", call(lambda name: (x(2, 4, device="meta"),)), ("meta", "cpu|cuda")),
     Mistake("None input", call(lambda name: (None,)), ("NoneType",)),
     Mistake("packed input", call(lambda name: (packed(x(5, 4), SIZES),)), ("PackedSequence",)),
     Mistake(
@@ -534,7 +543,12 @@ CELLS = [
 def parameters(mistakes: list[Mistake], default: tuple[str, ...] = CLASS_NAMES) -> Callable:
     """Parametrize a test over the mistakes and the classes each concerns."""
     cases = [
-        pytest.param(name, mistake, id=f"{name}-{mistake.what}".replace(" ", "_"))
+        pytest.param(
+            name,
+            mistake,
+            id=f"{name}-{mistake.what}".replace(" ", "_"),
+            marks=[pytest.mark.cpu_only(mistake.cpu_only)] if mistake.cpu_only else [],
+        )
         for mistake in mistakes
         for name in mistake.on or default
     ]
@@ -551,7 +565,7 @@ def without_onednn() -> Iterator[None]:
 
 
 def assert_same_exception(name: str, mistake: Mistake) -> None:
-    with without_onednn(), pytest.raises(Exception) as theirs:  # noqa: PT011
+    with torch.device("cpu"), without_onednn(), pytest.raises(Exception) as theirs:  # noqa: PT011
         mistake.make(nn, name)
     with pytest.raises(theirs.type) as ours:
         mistake.make(rnn_ext, name)
@@ -676,7 +690,7 @@ def test_packed_state_of_a_larger_batch(name: str) -> None:
     """An unsorted batch picks the rows that it needs from the state."""
     theirs, ours = getattr(nn, name)(INPUT, HIDDEN), getattr(rnn_ext, name)(INPUT, HIDDEN)
     ours.load_state_dict(theirs.state_dict())
-    lengths = torch.tensor([2, 3])
+    lengths = torch.tensor([2, 3], device="cpu")
     input = pack_padded_sequence(torch.randn(3, 2, INPUT), lengths, enforce_sorted=False)
     hx = state(name, 1, 3, HIDDEN)
     for part in flatten(hx):

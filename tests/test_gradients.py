@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import rnn_ext
-from helpers import torch_twin
+from devices import to_device
+from helpers import normal, torch_twin
 from numpy_twin import (
     CELLS,
     STATES,
@@ -74,7 +75,7 @@ class Call:
         """Fixed random gradients for the outputs."""
         generator = torch.Generator().manual_seed(4)
         outputs = self(*self.tensors)
-        return [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+        return [to_device(normal(generator, o.shape).to(o.dtype)) for o in outputs]
 
     def run(self) -> list[Tensor]:
         """Outputs, then the gradient of every tensor."""
@@ -127,7 +128,7 @@ def test_equals_numpy(
     """Sizes that are a multiple of nothing, so that every kind of remainder occurs."""
     options = {"num_layers": layers, "bidirectional": bidirectional, "bias": bias}
     module = make_module(rnn_ext, cell, 13, 37, **options)
-    batch_sizes = torch.tensor([11, 11, 9, 8, 3, 1, 1]) if packed else None
+    batch_sizes = torch.tensor([11, 11, 9, 8, 3, 1, 1], device="cpu") if packed else None
     step = random_step(module, 7, 11, batch_sizes)
     actual = run_torch(module, *step, batch_sizes=batch_sizes)
     assert_close(actual, run_numpy(module, *step, batch_sizes=batch_sizes), TOLERANCE)
@@ -151,7 +152,7 @@ def test_equals_numpy_at_the_edges(
 def test_equals_numpy_for_many_rows_of_many_lengths(cell: str) -> None:
     """Packed, with rows that start and end in every chunk of steps and block of rows."""
     module = make_module(rnn_ext, cell, 3, 20, num_layers=2, bidirectional=True)
-    batch_sizes = torch.tensor([60 * (40 - t) // 40 for t in range(40)])
+    batch_sizes = torch.tensor([60 * (40 - t) // 40 for t in range(40)], device="cpu")
     step = random_step(module, 40, 60, batch_sizes)
     actual = run_torch(module, *step, batch_sizes=batch_sizes)
     assert_close(actual, run_numpy(module, *step, batch_sizes=batch_sizes), TOLERANCE)
@@ -246,8 +247,8 @@ def test_gradient_of_one_output_alone(cell: str) -> None:
         outputs[chosen].backward(cotangents[chosen])
         masked = [c if k == chosen else torch.zeros_like(c) for k, c in enumerate(cotangents)]
         expected = run_numpy(module, x, initial, masked[0], masked[1:])
-        actual = {f"d_{name}": p.grad.numpy() for name, p in module.named_parameters()}
-        actual["d_input"] = leaf.grad.numpy()
+        actual = {f"d_{name}": p.grad.cpu().numpy() for name, p in module.named_parameters()}
+        actual["d_input"] = leaf.grad.cpu().numpy()
         assert_close(actual, {name: expected[name] for name in actual}, TOLERANCE)
 
 
@@ -258,7 +259,7 @@ def test_without_hx(cell: str) -> None:
     zeros = [torch.zeros_like(state) for state in initial]
     module(x)[0].backward(doutput)
     expected = run_numpy(module, x, zeros, doutput, [torch.zeros_like(d) for d in dfinal])
-    actual = {f"d_{name}": p.grad.numpy() for name, p in module.named_parameters()}
+    actual = {f"d_{name}": p.grad.cpu().numpy() for name, p in module.named_parameters()}
     assert_close(actual, {name: expected[name] for name in actual}, TOLERANCE)
 
 
@@ -304,16 +305,17 @@ def test_gradient_penalty_equals_torch(cell: str) -> None:
     """The usual reason for double backward: a loss that contains the norm of a gradient."""
 
     def penalty(module: nn.RNNBase) -> tuple[Tensor, ...]:
-        leaf = x.clone().requires_grad_()
+        place = module.weight_ih_l0.device
+        leaf = x.clone().to(place).requires_grad_()
         output = module(leaf)[0]
-        (dx,) = torch.autograd.grad((output * doutput).sum(), leaf, create_graph=True)
+        (dx,) = torch.autograd.grad((output * doutput.to(place)).sum(), leaf, create_graph=True)
         loss = output.square().sum() + (dx.square().sum() - 1).square()
         return torch.autograd.grad(loss, [leaf, *module.parameters()])
 
     module = make_module(rnn_ext, cell, 3, 5, num_layers=2, bidirectional=True)
     x, _, doutput, _ = random_step(module, 4, 3)
     for a, b in zip(penalty(module), penalty(torch_twin(module)), strict=True):
-        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(a.cpu(), b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def transforms() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]]:
@@ -322,7 +324,9 @@ def transforms() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Ten
 
     def vjp(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         y, pull_back = torch.func.vjp(f, x)
-        return pull_back(torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape))[0]
+        return pull_back(torch.arange(y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape))[
+            0
+        ]
 
     return {
         "func.grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
@@ -345,8 +349,8 @@ def test_transforms_equal_torch(cell: str, transform: str) -> None:
     derive = transforms()[transform]
     actual = derive(lambda x: module(x)[0], x)
     twin = torch_twin(module)
-    expected = derive(lambda x: twin(x)[0], x)
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    expected = derive(lambda x: twin(x)[0], x.cpu())
+    torch.testing.assert_close(actual.cpu(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "nothing requires a gradient"])
@@ -559,21 +563,23 @@ def test_expanded_tensors_sum_their_gradients(cell: str) -> None:
     module = make_module(rnn_ext, cell, 3, 5)
     generator = torch.Generator().manual_seed(6)
     states = [
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for shape in state_shapes(module, 1)
+        to_device(normal(generator, shape)).requires_grad_() for shape in state_shapes(module, 1)
     ]
-    x = torch.randn(1, 4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    x = to_device(normal(generator, (1, 4, 3))).requires_grad_()
     expanded = [state.expand(-1, 4, -1) for state in states]
     results = []
     for library in (module, torch_twin(module)):
-        hx = tuple(expanded) if len(expanded) == 2 else expanded[0]
-        output, _ = library(x.expand(6, 4, 3), hx)
+        place = library.weight_ih_l0.device
+        hx = tuple(state.to(place) for state in expanded)
+        output, _ = library(x.expand(6, 4, 3).to(place), hx if len(hx) == 2 else hx[0])
         results.append(torch.autograd.grad(output.square().sum(), [x, *states]))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # Sharing and dropout
+
+same_masks_as_torch = pytest.mark.cpu_only("a generator of another device draws other masks")
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -596,6 +602,7 @@ def test_tied_weights(cell: str) -> None:
         torch.testing.assert_close(parameter.grad, total, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@same_masks_as_torch
 @pytest.mark.parametrize("probability", [0.4, 1.0])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
@@ -615,6 +622,7 @@ def test_dropout_draws_what_torch_draws(cell: str, packed: bool, probability: fl
     assert_close(actual, expected, TOLERANCE)
 
 
+@same_masks_as_torch
 @pytest.mark.parametrize("cell", CELLS)
 def test_dropout_batch_first(cell: str) -> None:
     """torch draws the mask in time-first order whatever the layout of the input."""

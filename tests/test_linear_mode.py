@@ -97,7 +97,7 @@ def test_a_thousand_steps(cell: str, dtype: torch.dtype, layers: int, isa: str) 
 @pytest.mark.parametrize("cell", CELLS)
 def test_packed(cell: str, isa: str) -> None:
     module = stable_module(cell, torch.float64, num_layers=2, bidirectional=True)
-    batch_sizes = torch.tensor([3] * 40 + [2] * 150 + [1] * 10)
+    batch_sizes = torch.tensor([3] * 40 + [2] * 150 + [1] * 10, device="cpu")
     step = random_step(module, 200, 3, batch_sizes)
     expected = run_numpy(module, *step, batch_sizes=batch_sizes, activation=LINEAR)
     with testing.linear_activations():

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnn_ext
+from devices import chosen, to_device
 from helpers import (
     ALL_CLASS_NAMES,
     CELL_CLASS_NAMES,
@@ -24,6 +25,7 @@ from helpers import (
     Call,
     assert_matches_torch,
     flatten,
+    normal,
     torch_twin,
 )
 
@@ -75,7 +77,8 @@ def pair(name: str, **options: object) -> tuple[nn.Module, nn.Module]:
 
 def make_input(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     shape = (3, INPUT) if name in CELL_CLASS_NAMES else (4, 3, INPUT)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    return to_device(torch.randn(shape, generator=generator, dtype=dtype, device="cpu"))
 
 
 def assert_same_results(actual: object, expected: object) -> None:
@@ -203,7 +206,7 @@ def test_whole_module_saved(name: str) -> None:
         (nn.Module.double, torch.float64),
         (nn.Module.float, torch.float32),
         (lambda m: m.to(torch.float64), torch.float64),
-        (lambda m: m.to("cpu", torch.bfloat16), torch.bfloat16),
+        (lambda m: m.to(chosen(), torch.bfloat16), torch.bfloat16),
         (lambda m: m.to(torch.zeros(1, dtype=torch.float16)), torch.float16),
         (lambda m: m.type(torch.float64), torch.float64),
     ],
@@ -261,7 +264,7 @@ def test_meta_device(name: str) -> None:
         assert actual.is_meta
         assert actual.shape == expected.shape
         assert actual.dtype == expected.dtype
-    real = ours.to_empty(device="cpu")
+    real = ours.to_empty(device=chosen())
     real.reset_parameters()
     assert_matches_torch(real, Call({"input": make_input(name)}))
     with torch.device("meta"):
@@ -318,7 +321,7 @@ def test_abstract_class_beside_the_concrete_one(lengths: tuple[int, ...] | None)
         return type("LSTM", bases, {"init_hidden_state": zeros})(INPUT, HIDDEN, num_layers=2)
 
     ours, theirs = derive(rnn_ext), derive(nn)
-    arguments = make_input("LSTM"), None, torch.tensor(lengths) if lengths else None
+    arguments = make_input("LSTM"), None, torch.tensor(lengths, device="cpu") if lengths else None
     assert_same_results(ours(*arguments), theirs(*arguments))
     nested = nn.ModuleList([theirs, nn.LSTM(INPUT, HIDDEN)])
     assert [type(m) for m in rnn_ext.convert(nested)] == [type(theirs), rnn_ext.LSTM]
@@ -449,7 +452,9 @@ def test_tensor_subclass_elsewhere(name: str, where: str) -> None:
 @each_sequence_class
 def test_packed_tensor_subclass(name: str) -> None:
     ours, theirs = pair(name, dtype=torch.float64)
-    packed = pack_padded_sequence(make_input(name, torch.float64), torch.tensor([4, 2, 1]))
+    packed = pack_padded_sequence(
+        make_input(name, torch.float64), torch.tensor([4, 2, 1], device="cpu")
+    )
     tagged = packed._replace(data=packed.data.as_subclass(Tagged))
     actual, expected = ours(tagged), theirs(tagged)
     assert type(actual[0].data) is type(expected[0].data)
@@ -488,9 +493,7 @@ CONSTRAINTS = {
 def train(module: nn.Module, name: str, steps: int = 4) -> list[Tensor]:
     """Some steps of an optimizer, through more than one time step for cells too."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    inputs = torch.randn(
-        3, 4, INPUT, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
+    inputs = to_device(normal(torch.Generator().manual_seed(1), (3, 4, INPUT)))
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -639,4 +642,6 @@ def test_twin_of_the_tests_is_faithful(name: str) -> None:
     twin = torch_twin(ours)
     assert type(twin) is type(theirs)
     assert repr(twin) == repr(theirs)
-    torch.testing.assert_close(twin.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        twin.state_dict(), theirs.state_dict(), rtol=0, atol=0, check_device=False
+    )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import (
     PackedSequence,
     pack_padded_sequence,
-    pack_sequence,
     pad_packed_sequence,
 )
 
@@ -24,6 +23,7 @@ from helpers import (
     flatten,
     make_call,
     make_module,
+    pack,
     threads,
 )
 
@@ -98,7 +98,7 @@ def test_equals_each_sequence_alone(cell: str, bidirectional: bool) -> None:
     config = Config(cell, num_layers=2, bidirectional=bidirectional, dtype=torch.float64)
     module = make_module(config)
     sequences = [torch.randn(n, config.input_size, dtype=torch.float64) for n in (3, 7, 1, 4)]
-    output, state = module(pack_sequence(sequences, enforce_sorted=False))
+    output, state = module(pack(sequences, enforce_sorted=False))
     padded, lengths = pad_packed_sequence(output)
     assert lengths.tolist() == [3, 7, 1, 4]
     for i, sequence in enumerate(sequences):
@@ -113,7 +113,9 @@ def test_equals_each_sequence_alone(cell: str, bidirectional: bool) -> None:
 def test_output_describes_the_same_packing(cell: str, lengths: tuple[int, ...]) -> None:
     config = Config(cell)
     input = pack_padded_sequence(
-        torch.randn(4, 3, config.input_size), torch.tensor(lengths), enforce_sorted=False
+        torch.randn(4, 3, config.input_size),
+        torch.tensor(lengths, device="cpu"),
+        enforce_sorted=False,
     )
     output, _ = make_module(config)(input)
     assert type(output) is PackedSequence
@@ -128,8 +130,8 @@ def test_gradient_stops_at_the_padding(cell: str, batch_first: bool) -> None:
     """Numbers in the padding change nothing and get no gradient."""
     config = Config(cell, num_layers=2, bidirectional=True, batch_first=batch_first)
     module = make_module(config)
-    lengths = torch.tensor([2, 5, 3])
-    padding = torch.arange(5).unsqueeze(1) >= lengths  # [T, B]
+    lengths = torch.tensor([2, 5, 3], device="cpu")
+    padding = torch.arange(5, device="cpu").unsqueeze(1) >= lengths  # [T, B]
 
     def run(fill: float) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
@@ -156,9 +158,10 @@ def test_steps_without_sequences_at_the_end(cell: str, extra: tuple[int, ...]) -
     """torch.nn accepts them, in one direction."""
     config = Config(cell)
     ours, theirs = make_module(config), make_module(config, library=nn)
-    input = PackedSequence(torch.randn(5, config.input_size), torch.tensor([3, 2, *extra]))
-    for actual, expected in zip(flatten(ours(input)), flatten(theirs(input)), strict=True):
-        torch.testing.assert_close(actual, expected)
+    sizes = torch.tensor([3, 2, *extra], device="cpu")
+    input = PackedSequence(torch.randn(5, config.input_size), sizes)
+    for actual, expected in zip(flatten(ours(input)), flatten(theirs(input.cpu())), strict=True):
+        torch.testing.assert_close(actual, expected, check_device=False)
 
 
 @each_cell
@@ -166,9 +169,10 @@ def test_more_data_than_the_batch_sizes_cover(cell: str) -> None:
     """torch.nn ignores the rest, in one direction."""
     config = Config(cell)
     ours, theirs = make_module(config), make_module(config, library=nn)
-    input = PackedSequence(torch.randn(9, config.input_size), torch.tensor([3, 2]))
-    for actual, expected in zip(flatten(ours(input)), flatten(theirs(input)), strict=True):
-        torch.testing.assert_close(actual, expected)
+    sizes = torch.tensor([3, 2], device="cpu")
+    input = PackedSequence(torch.randn(9, config.input_size), sizes)
+    for actual, expected in zip(flatten(ours(input)), flatten(theirs(input.cpu())), strict=True):
+        torch.testing.assert_close(actual, expected, check_device=False)
 
 
 @each_cell
@@ -190,7 +194,7 @@ def test_data_that_is_a_view(cell: str) -> None:
     config = Config(cell, lengths=(4, 3, 1), layout="every_second")
     assert_matches_torch(make_module(config), make_call(config))
     wide = torch.randn(8, 2 * config.input_size)
-    batch_sizes = torch.tensor([3, 2, 2, 1])
+    batch_sizes = torch.tensor([3, 2, 2, 1], device="cpu")
     module = make_module(config)
     view = module(PackedSequence(wide[:, ::2], batch_sizes))
     copy = module(PackedSequence(wide[:, ::2].contiguous(), batch_sizes))
@@ -203,7 +207,7 @@ def test_batch_sizes_that_are_a_view(cell: str) -> None:
     """torch.nn reads past the stride here, and fails."""
     config = Config(cell)
     module, data = make_module(config), torch.randn(8, config.input_size)
-    strided = torch.tensor([3, 0, 2, 0, 2, 0, 1, 0])[::2]
+    strided = torch.tensor([3, 0, 2, 0, 2, 0, 1, 0], device="cpu")[::2]
     view = module(PackedSequence(data, strided))
     copy = module(PackedSequence(data, strided.clone()))
     for actual, expected in zip(flatten(view), flatten(copy), strict=True):

@@ -121,7 +121,7 @@ def test_vmap_over_states_alone_and_over_another_dimension(name: str) -> None:
 @each
 def test_vmap_over_packed_sequences(name: str) -> None:
     case = Case(name)
-    sizes = torch.tensor([3, 3, 2, 1])
+    sizes = torch.tensor([3, 3, 2, 1], device="cpu")
     data = torch.randn(EXAMPLES, 9, 4).double()
 
     def call(weights: Weights, rows: Tensor) -> list[Tensor]:

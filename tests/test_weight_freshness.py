@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
 
 import rnn_ext
+from devices import to_device
 from helpers import (
     ALL_CLASS_NAMES,
     CELL_CLASS_NAMES,
@@ -47,7 +48,8 @@ def make_call(name: str, batch: int) -> Call:
     if name in CELL_CLASS_NAMES:
         return replace(make_cell_call(name, INPUT, HIDDEN, batch=batch), backward=False)
     generator = torch.Generator().manual_seed(batch)
-    return Call({"input": torch.randn(3, batch, INPUT, generator=generator)}, backward=False)
+    input = torch.randn(3, batch, INPUT, generator=generator, device="cpu")
+    return Call({"input": to_device(input)}, backward=False)
 
 
 def first_result(module: nn.Module, call: Call) -> Tensor:
@@ -182,7 +184,7 @@ ROUTES: tuple[Route, ...] = (
     loaded_by_assignment,
     copied_without_grad,
     vector_to_all_parameters,
-    numpy_view_written,
+    pytest.param(numpy_view_written, marks=pytest.mark.cpu_only("NumPy's memory")),
     dlpack_view_written,
     storage_written,
     storage_set,
@@ -252,6 +254,7 @@ def other_process() -> Iterator[Connection]:
     assert process.exitcode == 0
 
 
+@pytest.mark.cpu_only("memory that processes share")
 @pytest.mark.parametrize("name", ALL_CLASS_NAMES)
 @pytest.mark.parametrize("mode", MODES)
 def test_shared_memory_written_by_another_process(

@@ -87,13 +87,102 @@ struct ThreadPairs {
   }
 };
 
-// Sum of what the warps made of one value.
-template <class V>
-RNN_EXT_DEVICE V sum_partial(const V* partial, int slots, int64_t slot_size) {
-  V sum = V(0);
-  for (int i = 0; i < slots; ++i) sum += partial[i * slot_size];
-  return sum;
-}
+// What both kernels have of a block: its place, its parts of shared memory and of the exchange, its
+// product. kBackward and kCut choose shapes, nothing else.
+template <class Cell, class T, bool kBackward, Cut kCut>
+struct PersistentBlock {
+  using C = Compute<T>;
+  using Shape = BlockShape<Cell, T, kBackward, kCut>;
+  using Product = typename Shape::Product;
+  using Pairs = ThreadPairs<Shape::kUnits>;
+  static constexpr int kGates = Cell::kNumGates, kUnits = Shape::kUnits;
+  static constexpr int kPassPairs = Shape::kPassPairs, kRows = Shape::kTiling.rows();
+  // A value of each pair of the thread, in registers because all loops over pairs are unrolled.
+  using OfPairs = C[kMaxPasses][kPassPairs];
+
+  const SequenceShape& shape;
+  const BlockPlace place;
+  const int64_t hidden_size;
+  const SharedLayout& layout;
+  const int64_t slot_size, prefetch_slots;
+  T* const exchange;  // of the group
+  GridBarrier barrier;
+  const ThreadMath<C> math;
+  const int64_t unit;  // of all pairs of the thread
+  const bool has_unit;
+
+  RNN_EXT_DEVICE PersistentBlock(const GroupLayout& g, T* exchange_of_all)
+      : shape(g.shape),
+        place(g, kGates, kBackward),
+        hidden_size(g.shape.hidden_size),
+        layout(g.shared),
+        slot_size(exchange_slot(kGates, kBackward, hidden_size, g.group_rows)),
+        prefetch_slots(Pairs::slots(g.group_rows)),
+        exchange(exchange_of_all + place.global_group(g) * 2 * slot_size),
+        barrier(place.barrier(g)),
+        math{g.linear},
+        unit(place.unit_block * kUnits + Pairs::unit()),
+        has_unit(unit < hidden_size) {}
+
+  RNN_EXT_DEVICE T* weights() const { return dynamic_shared<T>(); }
+  RNN_EXT_DEVICE C* partial() const { return dynamic_shared<C>(size_t(layout.partial)); }
+  // A thread's own place for value `v` of one of its pairs, fetched ahead.
+  RNN_EXT_DEVICE C* prefetched(int v, int pass, int i) const {
+    return dynamic_shared<C>(size_t(layout.prefetch)) + v * prefetch_slots + Pairs::slot(pass, i);
+  }
+  RNN_EXT_DEVICE void fetch(int v, int pass, int i, const C* from) const {
+    copy_async<int(sizeof(C))>(prefetched(v, pass, i), from);
+  }
+  // Of even, of odd steps.
+  RNN_EXT_DEVICE T* slot(int64_t s) const { return exchange + (s & 1) * slot_size; }
+  RNN_EXT_DEVICE void send(T* to, int row, int64_t k, T value) const {
+    to[Product::exchange_index(place.blocks, row, k)] = Product::operand(value);
+  }
+
+  // visit(pass, i, row) for the thread's pairs whose row is below `rows`.
+  template <class Visit>
+  RNN_EXT_DEVICE void for_pairs_of_pass(int pass, int rows, Visit&& visit) const {
+#pragma unroll
+    for (int i = 0; i < kPassPairs; ++i) {
+      const int row = Pairs::row(pass, i);
+      if (has_unit && row < rows) visit(pass, i, row);
+    }
+  }
+  template <class Visit>
+  RNN_EXT_DEVICE void for_pairs(int rows, Visit&& visit) const {
+#pragma unroll
+    for (int pass = 0; pass < kMaxPasses; ++pass) for_pairs_of_pass(pass, rows, visit);
+  }
+
+  // value(row, k) of the block's matrix, M x K. Neighbouring lanes take neighbouring columns of
+  // W_hh: those are K forward, M backward.
+  template <class Value>
+  RNN_EXT_DEVICE void load_weights(Value&& value) const {
+    const int64_t depth = place.blocks * kDepthBlock;
+    for (int64_t i = thread_index(); i < kRows * depth; i += kThreads) {
+      const int row = int(kBackward ? i % kRows : i / depth);
+      const int64_t k = kBackward ? i / kRows : i % depth;
+      weights()[Product::weight_index(place.blocks, row, k)] = Product::operand(value(row, k));
+    }
+  }
+
+  // The sums of the rows of a pass, met by the whole block.
+  RNN_EXT_DEVICE void multiply(const T* read, int pass, int rows) const {
+    const int first = pass * kPassRows;
+    if (pass > 0) block_barrier();  // the sums of the pass before have been read
+    Product::run(weights(), read, place.blocks, first,
+                 rows - first < kPassRows ? rows - first : kPassRows, partial(),
+                 layout.partial_stride);
+    block_barrier();
+  }
+  // Row m of the block's matrix by a batch row: what the warps made of it.
+  RNN_EXT_DEVICE C product(int m, int pass, int row) const {
+    const C* const from = partial() + m * layout.partial_stride + row - pass * kPassRows;
+    C sum = C(0);
+    for (int i = 0; i < Shape::kTiling.slots; ++i) sum += from[i * kRows * layout.partial_stride];
+    return sum;
+  }
+};
 
 // --- Before a launch: what the exchange holds at first
 // --------------------------------------------
@@ -125,7 +214,7 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads,
     const int64_t b = group * p.group_rows + row;
     const T* const h_0 = p.h_0[direction];
     const bool given = h_0 && k < p.hidden_size && row < p.group_rows && b < p.batch;
-    p.exchange[i] = given ? h_0[b * p.hidden_size + k] : from_compute<T>(0);
+    p.exchange[i] = given ? Product::operand(h_0[b * p.hidden_size + k]) : from_compute<T>(0);
   }
 }
 
@@ -153,146 +242,104 @@ struct PersistentForward {
   int64_t begin = 0, end = 0;  // positions of this launch
 };
 
-template <class Cell, class T>
+template <class Cell, class T, Cut kCut>
 RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persistent_forward_kernel(
     const RNN_EXT_GRID_CONSTANT PersistentForward<T> p) {
+  if (kCut != Cut::kLanes && !kHasTensorCores) return;  // never launched: no code for it either
+  using Block = PersistentBlock<Cell, T, false, kCut>;
   using C = Compute<T>;
-  using Shape = BlockShape<Cell, T, false>;
-  using Product = typename Shape::Product;
-  using Pairs = ThreadPairs<Shape::kUnits>;
-  constexpr int kGates = Cell::kNumGates, kUnits = Shape::kUnits, kPassPairs = Shape::kPassPairs;
-  constexpr int kRows = Shape::kTiling.rows();
-  const SequenceShape& shape = p.group.shape;
-  const BlockPlace place(p.group, kGates, false);
+  constexpr int kGates = Block::kGates, kUnits = Block::kUnits;
+  Block block(p.group, p.exchange);
+  const BlockPlace& place = block.place;
+  const SequenceShape& shape = block.shape;
   const auto& d = p.directions[place.direction];
-  const int64_t H = shape.hidden_size;
-  T* const weights = dynamic_shared<T>();
-  C* const partial = dynamic_shared<C>(size_t(p.group.shared.partial));
-  C* const prefetch = dynamic_shared<C>(size_t(p.group.shared.prefetch));
-  const int stride = p.group.shared.partial_stride;
-  const int64_t slot_size = exchange_slot(kGates, false, H, p.group.group_rows),
-                prefetch_slots = Pairs::slots(p.group.group_rows);
-  T* const exchange = p.exchange + place.global_group(p.group) * 2 * slot_size;
-  GridBarrier barrier = place.barrier(p.group);
-  const ThreadMath<C> math{p.group.linear};
-  const int64_t unit = place.unit_block * kUnits + Pairs::unit();
-  const bool has_unit = unit < H;
+  const int64_t H = block.hidden_size, unit = block.unit;
 
   // W_ih x_t of a position, each thread its own values: no barrier is needed to read them again.
   const auto fetch = [&](int64_t s) {
     const int64_t t = step_at(shape, place.direction, s);
-    const int active = place.active(shape, t);
     const int64_t first = shape.first_row(t) - d.first_row + place.first_row;
+    block.for_pairs(place.active(shape, t), [&](int pass, int i, int row) {
+      const C* const from = d.gates_x + (first + row) * (kGates * H) + unit;
 #pragma unroll
-    for (int pass = 0; pass < kMaxPasses; ++pass)
-#pragma unroll
-      for (int i = 0; i < kPassPairs; ++i) {
-        const int row = Pairs::row(pass, i);
-        if (!has_unit || row >= active) continue;
-        const C* const from = d.gates_x + (first + row) * (kGates * H) + unit;
-#pragma unroll
-        for (int g = 0; g < kGates; ++g)
-          copy_async<int(sizeof(C))>(prefetch + g * prefetch_slots + Pairs::slot(pass, i),
-                                     from + g * H);
-      }
+      for (int g = 0; g < kGates; ++g) block.fetch(g, pass, i, from + g * H);
+    });
     copy_async_commit();
   };
   fetch(p.begin);
 
-  // Row g * kUnits + u of the tile is gate g of unit u; the rest is zeros.
-  for (int64_t i = thread_index(); i < kRows * place.blocks * kDepthBlock; i += kThreads) {
-    const int row = int(i / (place.blocks * kDepthBlock));
-    const int64_t k = i % (place.blocks * kDepthBlock);
+  // Row g * kUnits + u is gate g of unit u; the rest is zeros.
+  block.load_weights([&](int row, int64_t k) {
     const int64_t u = place.unit_block * kUnits + row % kUnits;
     const bool real = row < kGates * kUnits && u < H && k < H;
-    weights[Product::weight_index(place.blocks, row, k)] =
-        real ? d.weights.w_hh[(row / kUnits * H + u) * d.weights.ld_hh + k] : from_compute<T>(0);
-  }
+    return real ? d.weights.w_hh[(row / kUnits * H + u) * d.weights.ld_hh + k] : from_compute<T>(0);
+  });
   C b_ih[kGates], b_hh[kGates];
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
-    const bool given = has_unit && d.weights.b_ih;
+    const bool given = block.has_unit && d.weights.b_ih;
     b_ih[g] = given ? to_compute(d.weights.b_ih[g * H + unit]) : C(0);
     b_hh[g] = given ? to_compute(d.weights.b_hh[g * H + unit]) : C(0);
   }
-  C c[kMaxPasses][kPassPairs] = {}, h[kMaxPasses][kPassPairs] = {};
-#pragma unroll
-  for (int pass = 0; pass < kMaxPasses; ++pass)
-#pragma unroll
-    for (int i = 0; i < kPassPairs; ++i) {
-      const int row = Pairs::row(pass, i);
-      if (!has_unit || row >= place.rows) continue;
-      const int64_t at = (place.first_row + row) * H + unit;
-      const T* const h_first = p.begin == 0 ? d.h_0 : d.h_n;
-      if (h_first) h[pass][i] = to_compute(h_first[at]);
-      if (!Cell::kHasCellState) continue;
-      if (p.begin > 0)
-        c[pass][i] = d.state[at];
-      else if (d.c_0)
-        c[pass][i] = to_compute(d.c_0[at]);
-    }
+  typename Block::OfPairs c = {}, h = {};
+  block.for_pairs(place.rows, [&](int pass, int i, int row) {
+    const int64_t at = (place.first_row + row) * H + unit;
+    const T* const h_first = p.begin == 0 ? d.h_0 : d.h_n;
+    if (h_first) h[pass][i] = to_compute(h_first[at]);
+    if (!Cell::kHasCellState) return;
+    if (p.begin > 0)
+      c[pass][i] = d.state[at];
+    else if (d.c_0)
+      c[pass][i] = to_compute(d.c_0[at]);
+  });
   block_barrier();  // the weights are there
 
   for (int64_t s = p.begin; s < p.end; ++s) {
     const int64_t t = step_at(shape, place.direction, s);
     const int active = place.active(shape, t);
-    const T* const read = exchange + (s & 1) * slot_size;
-    T* const write = exchange + (~s & 1) * slot_size;
-    if (s > p.begin) barrier.wait();
+    const T* const read = block.slot(s);
+    T* const write = block.slot(s + 1);
+    if (s > p.begin) block.barrier.wait();
     copy_async_wait<0>();
 #pragma unroll
     for (int pass = 0; pass < kMaxPasses; ++pass) {
-      const int first = pass * kPassRows;
-      if (first >= active) break;
-      if (pass > 0) block_barrier();  // the sums of the pass before have been read
-      Product::run(weights, read, place.blocks, first,
-                   active - first < kPassRows ? active - first : kPassRows, partial, stride);
-      block_barrier();
-#pragma unroll
-      for (int i = 0; i < kPassPairs; ++i) {
-        const int row = Pairs::row(pass, i);
-        if (!has_unit || row >= active) continue;
+      if (pass * kPassRows >= active) break;
+      block.multiply(read, pass, active);
+      block.for_pairs_of_pass(pass, active, [&](int, int i, int row) {
         C x[kGates], recurrent[kGates], saved[Cell::kNumSaved + 1];
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
-          x[g] = prefetch[g * prefetch_slots + Pairs::slot(pass, i)] + b_ih[g];
-          recurrent[g] = sum_partial(partial + (g * kUnits + Pairs::unit()) * stride + row - first,
-                                     Shape::kTiling.slots, kRows * stride) +
-                         b_hh[g];
+          x[g] = *block.prefetched(g, pass, i) + b_ih[g];
+          recurrent[g] = block.product(g * kUnits + Block::Pairs::unit(), pass, row) + b_hh[g];
         }
         const T stored =
-            from_compute<T>(Cell::forward(math, x, recurrent, h[pass][i], c[pass][i], saved));
+            from_compute<T>(Cell::forward(block.math, x, recurrent, h[pass][i], c[pass][i], saved));
         h[pass][i] = to_compute(stored);
         const int64_t b = place.first_row + row;
         p.y.at(shape, t, b)[place.direction * H + unit] = stored;
-        if (s + 1 < shape.steps) write[Product::exchange_index(place.blocks, row, unit)] = stored;
+        if (s + 1 < shape.steps) block.send(write, row, unit, stored);
         if (Cell::kNumSaved > 0 && d.reserve) {
           C* const to = d.reserve + (shape.first_row(t) + b) * Cell::kNumSaved * padded(H) + unit;
 #pragma unroll
           for (int v = 0; v < Cell::kNumSaved; ++v) to[v * padded(H)] = saved[v];
         }
-      }
+      });
     }
     if (s + 1 < p.end) {
-      barrier.arrive();
+      block.barrier.arrive();
       fetch(s + 1);
     }
   }
 
-#pragma unroll
-  for (int pass = 0; pass < kMaxPasses; ++pass)
-#pragma unroll
-    for (int i = 0; i < kPassPairs; ++i) {
-      const int row = Pairs::row(pass, i);
-      if (!has_unit || row >= place.rows) continue;
-      const int64_t at = (place.first_row + row) * H + unit;
-      d.h_n[at] = from_compute<T>(h[pass][i]);
-      if (!Cell::kHasCellState) continue;
-      if (p.end < shape.steps)
-        d.state[at] = c[pass][i];
-      else
-        d.c_n[at] = from_compute<T>(c[pass][i]);
-    }
+  block.for_pairs(place.rows, [&](int pass, int i, int row) {
+    const int64_t at = (place.first_row + row) * H + unit;
+    d.h_n[at] = from_compute<T>(h[pass][i]);
+    if (!Cell::kHasCellState) return;
+    if (p.end < shape.steps)
+      d.state[at] = c[pass][i];
+    else
+      d.c_n[at] = from_compute<T>(c[pass][i]);
+  });
 }
 
 // --- Backward
@@ -321,128 +368,90 @@ struct PersistentBackward {
 
 // Position s undoes the direction's last positions first. What is exchanged are the gate gradients:
 // dL/dh of a unit needs those of all units.
-template <class Cell, class T>
+template <class Cell, class T, Cut kCut>
 RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persistent_backward_kernel(
     const RNN_EXT_GRID_CONSTANT PersistentBackward<T> p) {
+  if (kCut != Cut::kLanes && !kHasTensorCores) return;  // never launched: no code for it either
+  using Block = PersistentBlock<Cell, T, true, kCut>;
   using C = Compute<T>;
-  using Shape = BlockShape<Cell, T, true>;
-  using Product = typename Shape::Product;
-  using Pairs = ThreadPairs<Shape::kUnits>;
-  constexpr int kGates = Cell::kNumGates, kUnits = Shape::kUnits, kPassPairs = Shape::kPassPairs;
-  constexpr int kRows = Shape::kTiling.rows();
-  const SequenceShape& shape = p.group.shape;
-  const BlockPlace place(p.group, kGates, true);
+  constexpr int kGates = Block::kGates, kUnits = Block::kUnits;
+  Block block(p.group, p.exchange);
+  const BlockPlace& place = block.place;
+  const SequenceShape& shape = block.shape;
   const auto& d = p.directions[place.direction];
-  const int64_t H = shape.hidden_size, steps = shape.steps;
+  const int64_t H = block.hidden_size, unit = block.unit, steps = shape.steps;
   const int64_t gate_depth = rounded_up(H, kDepthBlock);
-  T* const weights = dynamic_shared<T>();
-  C* const partial = dynamic_shared<C>(size_t(p.group.shared.partial));
-  C* const prefetch = dynamic_shared<C>(size_t(p.group.shared.prefetch));
-  const int stride = p.group.shared.partial_stride;
-  const int64_t slot_size = exchange_slot(kGates, true, H, p.group.group_rows),
-                prefetch_slots = Pairs::slots(p.group.group_rows);
-  T* const exchange = p.exchange + place.global_group(p.group) * 2 * slot_size;
-  GridBarrier barrier = place.barrier(p.group);
-  const ThreadMath<C> math{p.group.linear};
-  const int64_t unit = place.unit_block * kUnits + Pairs::unit();
-  const bool has_unit = unit < H;
 
   const auto step_of = [&](int64_t s) { return step_at(shape, 1 - place.direction, s); };
   const auto active_at = [&](int64_t s) {
     return s < 0 || s >= steps ? 0 : place.active(shape, step_of(s));
   };
   // What a position needs of its own: saved values by way of shared memory, the rest in registers.
-  C dy[kMaxPasses][kPassPairs] = {}, h[kMaxPasses][kPassPairs] = {};
+  typename Block::OfPairs dy = {}, h = {};
   const auto fetch = [&](int64_t s) {
     const int64_t t = step_of(s), previous = place.direction == 0 ? t - 1 : t + 1;
-    const int active = place.active(shape, t);
     const int before = previous < 0 || previous >= steps ? 0 : place.active(shape, previous);
+    block.for_pairs(place.active(shape, t), [&](int pass, int i, int row) {
+      const int64_t b = place.first_row + row, column = place.direction * H + unit;
+      if (Cell::kNumSaved > 0) {
+        const C* const from =
+            d.reserve + (shape.first_row(t) + b) * Cell::kNumSaved * padded(H) + unit;
 #pragma unroll
-    for (int pass = 0; pass < kMaxPasses; ++pass)
-#pragma unroll
-      for (int i = 0; i < kPassPairs; ++i) {
-        const int row = Pairs::row(pass, i);
-        if (!has_unit || row >= active) continue;
-        const int64_t b = place.first_row + row, column = place.direction * H + unit;
-        if (Cell::kNumSaved > 0) {
-          const C* const from =
-              d.reserve + (shape.first_row(t) + b) * Cell::kNumSaved * padded(H) + unit;
-#pragma unroll
-          for (int v = 0; v < Cell::kNumSaved; ++v)
-            copy_async<int(sizeof(C))>(prefetch + v * prefetch_slots + Pairs::slot(pass, i),
-                                       from + v * padded(H));
-        }
-        if (p.dy.data) dy[pass][i] = to_compute(p.dy.at(shape, t, b)[column]);
-        if (Cell::kReadsOutput) h[pass][i] = to_compute(p.y.at(shape, t, b)[column]);
-        if (Cell::kReadsPreviousOutput)
-          h[pass][i] = row < before ? to_compute(p.y.at(shape, previous, b)[column])
-                       : d.h_0      ? to_compute(d.h_0[b * H + unit])
-                                    : C(0);
+        for (int v = 0; v < Cell::kNumSaved; ++v) block.fetch(v, pass, i, from + v * padded(H));
       }
+      if (p.dy.data) dy[pass][i] = to_compute(p.dy.at(shape, t, b)[column]);
+      if (Cell::kReadsOutput) h[pass][i] = to_compute(p.y.at(shape, t, b)[column]);
+      if (Cell::kReadsPreviousOutput)
+        h[pass][i] = row < before ? to_compute(p.y.at(shape, previous, b)[column])
+                     : d.h_0      ? to_compute(d.h_0[b * H + unit])
+                                  : C(0);
+    });
     copy_async_commit();
   };
   fetch(0);
 
   // Row u is column `unit` of W_hh; K counts units within gates, each gate padded.
-  for (int64_t i = thread_index(); i < kUnits * place.blocks * kDepthBlock; i += kThreads) {
-    const int row = int(i % kUnits);  // neighbouring lanes, neighbouring columns
-    const int64_t k = i / kUnits, gate = k / gate_depth, u = k % gate_depth;
+  block.load_weights([&](int row, int64_t k) {
+    const int64_t gate = k / gate_depth, u = k % gate_depth;
     const int64_t column = place.unit_block * kUnits + row;
-    weights[Product::weight_index(place.blocks, row, k)] =
-        u < H && column < H ? d.w_hh[(gate * H + u) * d.ld_hh + column] : from_compute<T>(0);
-  }
-  C carry[kMaxPasses][kPassPairs] = {}, dc[kMaxPasses][kPassPairs] = {};
-#pragma unroll
-  for (int pass = 0; pass < kMaxPasses; ++pass)
-#pragma unroll
-    for (int i = 0; i < kPassPairs; ++i) {
-      const int row = Pairs::row(pass, i);
-      if (!has_unit || row >= place.rows) continue;
-      const int64_t at = (place.first_row + row) * H + unit;
-      if (d.dh_n) carry[pass][i] = to_compute(d.dh_n[at]);
-      if (Cell::kHasCellState && d.dc_n) dc[pass][i] = to_compute(d.dc_n[at]);
-    }
+    const bool real = row < kUnits && u < H && column < H;
+    return real ? d.w_hh[(gate * H + u) * d.ld_hh + column] : from_compute<T>(0);
+  });
+  typename Block::OfPairs carry = {}, dc = {};
+  block.for_pairs(place.rows, [&](int pass, int i, int row) {
+    const int64_t at = (place.first_row + row) * H + unit;
+    if (d.dh_n) carry[pass][i] = to_compute(d.dh_n[at]);
+    if (Cell::kHasCellState && d.dc_n) dc[pass][i] = to_compute(d.dc_n[at]);
+  });
   // The first position multiplies nothing: the weights are met behind its arrival at the barrier.
 
   for (int64_t s = 0; s <= steps; ++s) {
     const int earlier = active_at(s - 1), now = active_at(s);
     const int rows = earlier > now ? earlier : now;
     const int64_t t = s < steps ? step_of(s) : 0;
-    const T* const read = exchange + (~s & 1) * slot_size;
-    T* const write = exchange + (s & 1) * slot_size;
-    if (s > 0) barrier.wait();
+    const T* const read = block.slot(s + 1);
+    T* const write = block.slot(s);
+    if (s > 0) block.barrier.wait();
     copy_async_wait<0>();
 #pragma unroll
     for (int pass = 0; pass < kMaxPasses; ++pass) {
-      const int first = pass * kPassRows;
-      if (first >= rows) break;
-      if (first < earlier) {
-        if (pass > 0) block_barrier();  // the sums of the pass before have been read
-        Product::run(weights, read, place.blocks, first,
-                     earlier - first < kPassRows ? earlier - first : kPassRows, partial, stride);
-        block_barrier();
-      }
-#pragma unroll
-      for (int i = 0; i < kPassPairs; ++i) {
-        const int row = Pairs::row(pass, i);
-        if (!has_unit || row >= rows) continue;
+      if (pass * kPassRows >= rows) break;
+      if (pass * kPassRows < earlier) block.multiply(read, pass, earlier);
+      block.for_pairs_of_pass(pass, rows, [&](int, int i, int row) {
         const int64_t b = place.first_row + row;
         C dh = carry[pass][i];
-        if (row < earlier)
-          dh += sum_partial(partial + Pairs::unit() * stride + row - first, Shape::kTiling.slots,
-                            kRows * stride);
+        if (row < earlier) dh += block.product(Block::Pairs::unit(), pass, row);
         if (row >= now) {  // on its way out: what is left is dL/dh_0
           if (d.dh_0) d.dh_0[b * H + unit] = from_compute<T>(dh);
           if (Cell::kHasCellState && d.dc_0) d.dc_0[b * H + unit] = from_compute<T>(dc[pass][i]);
-          continue;
+          return;
         }
         C saved[Cell::kNumSaved + 1];
 #pragma unroll
-        for (int v = 0; v < Cell::kNumSaved; ++v)
-          saved[v] = prefetch[v * prefetch_slots + Pairs::slot(pass, i)];
+        for (int v = 0; v < Cell::kNumSaved; ++v) saved[v] = *block.prefetched(v, pass, i);
         UnitBackward<C> u{h[pass][i], h[pass][i], dh + dy[pass][i], dc[pass][i], C(0)};
         C dx[kGates], recurrent[kGates];
-        Cell::backward(math, saved, u, dx, recurrent);
+        Cell::backward(block.math, saved, u, dx, recurrent);
         carry[pass][i] = u.dh_prev;
         dc[pass][i] = u.dc;
         const int64_t at = (shape.first_row(t) + b) * (kGates * H) + unit;
@@ -452,12 +461,12 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
           const T exchanged = Cell::kSplitsGradient ? from_compute<T>(recurrent[g]) : narrow;
           d.dgates_x[at + g * H] = narrow;
           if (Cell::kSplitsGradient) d.dgates_h[at + g * H] = exchanged;
-          write[Product::exchange_index(place.blocks, row, g * gate_depth + unit)] = exchanged;
+          block.send(write, row, g * gate_depth + unit, exchanged);
         }
-      }
+      });
     }
     if (s < steps) {
-      barrier.arrive();
+      block.barrier.arrive();
       if (s + 1 < steps) fetch(s + 1);
     }
   }

@@ -67,10 +67,15 @@ struct Sizes {
         c(compute_bytes_of(in.dtype)) {}
 };
 
+bool has_tf32(const PlanInput& in) {
+  return in.allow_tf32 && in.dtype == DType::kFloat32 && in.device.capability >= 80;
+}
+
 double peak(const PlanInput& in) {  // multiply-adds per second of the device
   const Device& d = in.device;
   const double per_clock = is_narrow(in.dtype)           ? d.fma_tensor
                            : in.dtype == DType::kFloat64 ? d.fma_f64
+                           : has_tf32(in)                ? d.fma_tensor / 2
                                                          : d.fma_f32;
   return per_clock * double(d.sms) * d.clock;
 }
@@ -127,8 +132,8 @@ int64_t chunk_steps(const PlanInput& in) {
 Costs persistent_costs(const PlanInput& in, const Plan& plan) {
   const Sizes s(in);
   const Device& device = in.device;
-  const bool narrow = is_narrow(in.dtype);
-  const Tiling t = tiling(s.gates, in.backward, narrow);
+  const bool lanes = plan.cut == Cut::kLanes;
+  const Tiling t = tiling(s.gates, in.backward, plan.cut);
   const double depth_bytes = double(depth(s.gates, in.backward, s.H) * s.e);
   const double launches = double(s.D / plan.directions_at_once);    // one after the other
   const double sharing = double(blocks_of(plan.grid, device.sms));  // blocks of an SM
@@ -141,7 +146,7 @@ Costs persistent_costs(const PlanInput& in, const Plan& plan) {
   costs.start = launches * double(blocks_of(s.T, plan.chunk_steps)) *
                 (kCooperativeSeconds + kLaunchSeconds +
                  double(plan.grid) * double(t.rows()) * depth_bytes / device.memory_rate);
-  const double read = depth_bytes * rows * (narrow ? 1 : t.tiles);
+  const double read = depth_bytes * rows * kWarps / t.slots;  // each value by so many warps
   costs.exchange = steps * (kL2Cycles / device.clock +
                             std::max(read * sharing / (kL2BytesPerClock * device.clock),
                                      read * double(plan.grid) / device.l2_rate));
@@ -149,9 +154,10 @@ Costs persistent_costs(const PlanInput& in, const Plan& plan) {
       steps * (kBarrierTrips * kL2Cycles + kCyclesPerArrival * plan.unit_blocks) / device.clock;
   // Weights are read from shared memory once for each pass, without tensor cores for every few
   // rows.
-  const double weight_reads = narrow ? passes : rows / (in.dtype == DType::kFloat64 ? 2 : 4);
+  const double weight_reads = lanes ? rows / (in.dtype == DType::kFloat64 ? 2 : 4) : passes;
   const double fma = double(t.rows()) * depth_bytes / double(s.e) * rows;
-  const double rate = peak(in) / double(device.sms) * (narrow ? kMmaShare : 1.0);
+  const double per_clock = in.dtype == DType::kFloat64 ? device.fma_f64 : device.fma_f32;
+  const double rate = lanes ? per_clock * device.clock : peak(in) / double(device.sms) * kMmaShare;
   costs.multiply = steps * sharing *
                    std::max(double(t.rows()) * depth_bytes * weight_reads /
                                 (kSharedBytesPerClock * device.clock),
@@ -203,16 +209,18 @@ Plan plan_stepwise(const PlanInput& in) {
   return finished(in, plan);
 }
 
-Plan plan_persistent(const PlanInput& in) {
+Plan plan_persistent(const PlanInput& in, Cut cut) {
   const Sizes s(in);
   const Device& device = in.device;
-  const bool narrow = is_narrow(in.dtype);
+  if (!has_cut(in.dtype, s.gates, in.backward, cut)) return refused(in, "no such kernel");
   if (device.capability < 75) return refused(in, "compute capability below 7.5");
   if (!device.cooperative) return refused(in, "the device has no cooperative launches");
-  if (narrow && device.capability < 80)
+  if (cut != Cut::kLanes && device.capability < 80)
     return refused(in, "tensor cores before compute capability 8.0");
+  if (cut != Cut::kLanes && in.dtype == DType::kFloat32 && !in.allow_tf32)
+    return refused(in, "float32 products are not to be rounded to tf32");
   if (in.shape.proj_size > 0) return refused(in, "a projection is a second product in each step");
-  const Tiling t = tiling(s.gates, in.backward, narrow);
+  const Tiling t = tiling(s.gates, in.backward, cut);
   const int64_t unit_blocks = blocks_of(s.H, t.units);
   Plan best = refused(in, "W_hh does not fit on the chip");
   for (int together = int(s.D); together >= 1; --together) {
@@ -221,7 +229,7 @@ Plan plan_persistent(const PlanInput& in) {
       const int64_t rows = groups == 1 ? s.B : rounded_up(blocks_of(s.B, groups), kRowTile);
       if (blocks_of(s.B, rows) != groups) continue;  // the last ones would be empty
       const int64_t shared =
-          shared_layout(s.gates, s.saved, in.backward, in.dtype, s.H, rows).bytes;
+          shared_layout(s.gates, s.saved, in.backward, in.dtype, cut, s.H, rows).bytes;
       const int64_t per_sm =
           std::min<int64_t>({device.shared_per_sm / (shared + kReservedShared),
                              device.threads_per_sm / kThreads, kBlocksByRegisters});
@@ -230,6 +238,7 @@ Plan plan_persistent(const PlanInput& in) {
       Plan plan;
       plan.method = Method::kPersistent;
       plan.reason = "W_hh stays on the chip for all steps";
+      plan.cut = cut;
       plan.units = t.units;
       plan.unit_blocks = int(unit_blocks);
       plan.groups = int(groups);
@@ -241,6 +250,20 @@ Plan plan_persistent(const PlanInput& in) {
       plan = finished(in, plan);
       if (best.method == Method::kRefused || plan.costs.total() < best.costs.total()) best = plan;
     }
+  }
+  return best;
+}
+
+Plan plan_persistent(const PlanInput& in) {
+  Plan best;
+  for (const Cut cut : kCuts) {
+    if (!has_cut(in.dtype, num_gates(in.shape.cell), in.backward, cut)) continue;
+    const Plan plan = plan_persistent(in, cut);
+    const bool fits = plan.method == Method::kPersistent;
+    const bool first = best.reason[0] == 0;
+    if (first ||
+        (fits && (best.method == Method::kRefused || plan.costs.total() < best.costs.total())))
+      best = plan;
   }
   return best;
 }
@@ -273,8 +296,8 @@ Device with_rates(Device limits) {
   return device;
 }
 
-Plan make_plan(const PlanInput& in, Method method) {
-  return method == Method::kPersistent ? plan_persistent(in)
+Plan make_plan(const PlanInput& in, Method method, const Cut* cut) {
+  return method == Method::kPersistent ? (cut ? plan_persistent(in, *cut) : plan_persistent(in))
          : method == Method::kStepwise ? plan_stepwise(in)
                                        : refused(in, "asked to refuse");
 }

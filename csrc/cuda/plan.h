@@ -22,7 +22,7 @@ struct Device {
   double memory_rate = 0;  // bytes/s
   double fma_f32 = 0;      // multiply-adds per clock and SM
   double fma_f64 = 0;
-  double fma_tensor = 0;    // f16 and bf16 with f32 sums, as large products reach them
+  double fma_tensor = 0;    // f16 and bf16 with f32 sums, as large products reach them; tf32: half
   bool cooperative = true;  // can a launch have all its blocks resident?
 };
 
@@ -44,6 +44,7 @@ struct PlanInput {
   DType dtype = DType::kFloat32;
   bool backward = false;
   bool save_reserve = false;
+  bool allow_tf32 = false;  // may operands of float32 products be rounded to tf32?
   // Is x (dx) to be copied because its rows are not evenly spaced in time order?
   bool copy_x = false, copy_dx = false;
   Device device;
@@ -65,6 +66,7 @@ struct Plan {
   Method method = Method::kRefused;
   const char* reason = "";
   // Persistent:
+  Cut cut = Cut::kLanes;
   int units = 0;           // of a block
   int unit_blocks = 0;     // blocks of a group: all units of a direction
   int groups = 0;          // the batch rows of a direction are cut into this many groups
@@ -82,8 +84,8 @@ struct Plan {
 
 // shape: steps >= 1, batch >= 1, input_size >= 1, hidden_size >= 1.
 Plan make_plan(const PlanInput& input);
-// The same with the method given; kRefused if it cannot be.
-Plan make_plan(const PlanInput& input, Method method);
+// The same with the method given, and the cut if one is; kRefused if it cannot be.
+Plan make_plan(const PlanInput& input, Method method, const Cut* cut = nullptr);
 
 // Parts of the workspace, as byte offsets, each a multiple of 256. A part that is not needed has no
 // bytes. The letters are those of sequence.h; T is the storage type, C the compute type.

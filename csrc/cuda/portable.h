@@ -2,34 +2,30 @@
 // compiler for the host executor (tests/cuda_host), which runs every thread of every block and
 // reports what hardware punishes: races, missing barriers and waits, reads of what nobody wrote.
 //
-// Kernels use these names only; nothing outside this file and its two halves asks which compiler
-// reads it. What both halves define:
+// Kernels use these names only, and all of them are used; nothing outside this file and its two
+// halves asks which compiler reads it. What both halves define:
 //
 //   RNN_EXT_KERNEL, RNN_EXT_DEVICE          in front of a kernel, of a device function
-//   RNN_EXT_LAUNCH_BOUNDS(threads, blocks)  after RNN_EXT_KERNEL: at most, per multiprocessor at
-//   least RNN_EXT_GRID_CONSTANT                   const RNN_EXT_GRID_CONSTANT Params p: read in
-//   place RNN_EXT_SHARED(Type, name);             a static shared variable; name an array type
-//   first dynamic_shared<T>(byte_offset)          the launch's shared memory, aligned to 128 bytes
+//   RNN_EXT_LAUNCH_BOUNDS(threads, blocks)  after RNN_EXT_KERNEL; blocks: at least, of an SM
+//   const RNN_EXT_GRID_CONSTANT Params p    a kernel's parameter, read in place
+//   RNN_EXT_SHARED(Type, name);             a static shared variable; name an array type first
+//   dynamic_shared<T>(byte_offset)          the launch's shared memory, aligned to 128 bytes
 //
 //   thread_index() block_size() block_index() grid_size()     one-dimensional throughout
 //   lane_index() warp_index()
 //
 //   block_barrier()                         all threads of the block, from the same line
-//   warp_barrier()                          all 32 lanes, and so every warp operation below
-//   shuffle(v, lane) shuffle_xor(v, mask) shuffle_down(v, delta)   4- or 8-byte v; orders no memory
-//   vote_any(p) vote_all(p) vote_ballot(p)
+//   shuffle_xor(v, mask)                    all 32 lanes; 4- or 8-byte v; orders no memory
 //
-//   load_relaxed(p) store_relaxed(p, v) fetch_add_relaxed(p, v)    uint32_t in global memory,
-//   load_acquire(p) store_release(p, v) fetch_add_release(p, v)    device scope
-//   device_fence()                          orders what is before it before what is after it
+//   load_acquire(p) fetch_add_release(p, v) uint32_t in global memory, device scope
 //
 //   load_vector<T, N>(p) store_vector(p, v) one access of N * sizeof(T) = 4, 8 or 16 bytes, aligned
-//   load_streaming(p) load_vector_l2(p)     see there
+//   load_vector_l2<T, N>(p)                 past L1: for what other blocks have just written
 //   copy_async<16 | 8 | 4>(shared, global)  also (shared, global, bytes): the rest is zeros
 //   copy_async_commit() copy_async_wait<N>()    own copies only: a barrier makes others' visible
 //
 //   mma_m16n8k16<Float16 | BFloat16>(acc, a, b)  mma_m16n8k8_tf32(acc, a, b)    acc += a b
-//   load_matrix<1 | 2 | 4, kTranspose>(registers, row)
+//   kHasTensorCores                         whether this compilation has both
 //
 //   launch(config, kernel, arguments...)    an Error, kSuccess or not: nothing throws or waits
 #pragma once
@@ -125,7 +121,8 @@ struct GridBarrier {
   }
   RNN_EXT_DEVICE void wait() {
     if (thread_index() == 0)
-      while (((load_acquire(counter) ^ seen) & kTurn) == 0) spin_pause();
+      while (((load_acquire(counter) ^ seen) & kTurn) == 0) {
+      }
     block_barrier();
   }
 };

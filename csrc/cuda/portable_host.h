@@ -47,20 +47,14 @@ void* static_shared(const void* tag, size_t bytes, size_t alignment);
 void* dynamic_shared(size_t byte_offset);
 
 void block_barrier();
-void warp_barrier();
 enum class Shuffle { kIndex, kXor, kDown };
 uint64_t shuffle(Shuffle kind, uint64_t bits, int argument);
-uint32_t vote_ballot(bool p);
 
 uint32_t atomic_load(const uint32_t* p, bool acquire);
-void atomic_store(uint32_t* p, uint32_t v, bool release);
 uint32_t atomic_add(uint32_t* p, uint32_t v, bool release);
-void device_fence();
 
-// What the compiler's instrumentation cannot tell: that the access is one, and aligned; that the
-// cache is not coherent.
+// What the compiler's instrumentation cannot tell: that the access is one, and aligned.
 void wide_access(const void* p, size_t bytes);
-void streaming_access(const void* p, size_t bytes);
 
 void copy_async(void* shared, const void* global, int size, int bytes);
 void copy_async_commit();
@@ -68,7 +62,6 @@ void copy_async_wait(int newest);
 
 void mma_m16n8k16(float* acc, const uint32_t* a, const uint32_t* b, bool bfloat16);
 void mma_m16n8k8_tf32(float* acc, const uint32_t* a, const uint32_t* b);
-void load_matrix(uint32_t* registers, const void* row, int count, bool transpose);
 
 // Runs body(parameters) as every thread of every block.
 Error launch(const LaunchConfig& config, void (*body)(const void* parameters),
@@ -103,7 +96,6 @@ RNN_EXT_DEVICE T* dynamic_shared(size_t byte_offset = 0) {
 }
 
 RNN_EXT_DEVICE void block_barrier() { host::block_barrier(); }
-RNN_EXT_DEVICE void warp_barrier() { host::warp_barrier(); }
 
 template <class T>
 RNN_EXT_DEVICE T shuffle_as(host::Shuffle kind, T v, int argument) {
@@ -115,34 +107,13 @@ RNN_EXT_DEVICE T shuffle_as(host::Shuffle kind, T v, int argument) {
   return v;
 }
 template <class T>
-RNN_EXT_DEVICE T shuffle(T v, int lane) {
-  return shuffle_as(host::Shuffle::kIndex, v, lane);
-}
-template <class T>
 RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
   return shuffle_as(host::Shuffle::kXor, v, mask);
 }
-template <class T>
-RNN_EXT_DEVICE T shuffle_down(T v, int delta) {
-  return shuffle_as(host::Shuffle::kDown, v, delta);
-}
-RNN_EXT_DEVICE uint32_t vote_ballot(bool p) { return host::vote_ballot(p); }
-RNN_EXT_DEVICE bool vote_any(bool p) { return host::vote_ballot(p) != 0; }
-RNN_EXT_DEVICE bool vote_all(bool p) { return host::vote_ballot(p) == 0xffffffffu; }
-
-RNN_EXT_DEVICE uint32_t load_relaxed(const uint32_t* p) { return host::atomic_load(p, false); }
 RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) { return host::atomic_load(p, true); }
-RNN_EXT_DEVICE void store_relaxed(uint32_t* p, uint32_t v) { host::atomic_store(p, v, false); }
-RNN_EXT_DEVICE void store_release(uint32_t* p, uint32_t v) { host::atomic_store(p, v, true); }
-RNN_EXT_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v) {
-  return host::atomic_add(p, v, false);
-}
 RNN_EXT_DEVICE uint32_t fetch_add_release(uint32_t* p, uint32_t v) {
   return host::atomic_add(p, v, true);
 }
-RNN_EXT_DEVICE void device_fence() { host::device_fence(); }
-RNN_EXT_DEVICE void spin_pause() {}
-
 template <class T, int N>
 RNN_EXT_DEVICE Vector<T, N> load_vector(const T* p) {
   host::wide_access(p, sizeof(Vector<T, N>));
@@ -152,11 +123,6 @@ template <class T, int N>
 RNN_EXT_DEVICE void store_vector(T* p, const Vector<T, N>& v) {
   host::wide_access(p, sizeof(Vector<T, N>));
   *reinterpret_cast<Vector<T, N>*>(p) = v;
-}
-template <class T>
-RNN_EXT_DEVICE T load_streaming(const T* p) {
-  host::streaming_access(p, sizeof(T));
-  return *p;
 }
 template <class T, int N>
 RNN_EXT_DEVICE Vector<T, N> load_vector_l2(const T* p) {
@@ -207,6 +173,7 @@ RNN_EXT_DEVICE double exponential(double x) { return std::exp(x); }
 RNN_EXT_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
 RNN_EXT_DEVICE double hyperbolic_tangent(double x) { return std::tanh(x); }
 
+inline constexpr bool kHasTensorCores = true;
 template <class T>
 RNN_EXT_DEVICE void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>);
@@ -216,10 +183,4 @@ RNN_EXT_DEVICE void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4],
                                      const uint32_t (&b)[2]) {
   host::mma_m16n8k8_tf32(acc, a, b);
 }
-template <int kCount, bool kTranspose = false>
-RNN_EXT_DEVICE void load_matrix(uint32_t (&registers)[kCount], const void* row) {
-  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
-  host::load_matrix(registers, row, kCount, kTranspose);
-}
-
 }  // namespace rnn_ext::cuda

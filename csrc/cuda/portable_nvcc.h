@@ -68,34 +68,12 @@ RNN_EXT_DEVICE T* dynamic_shared(size_t byte_offset = 0) {
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 RNN_EXT_DEVICE void block_barrier() { __syncthreads(); }
-RNN_EXT_DEVICE void warp_barrier() { __syncwarp(kAllLanes); }
-
-template <class T>
-RNN_EXT_DEVICE T shuffle(T v, int lane) {
-  return __shfl_sync(kAllLanes, v, lane);
-}
 template <class T>
 RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(kAllLanes, v, mask);
 }
-template <class T>
-RNN_EXT_DEVICE T shuffle_down(T v, int delta) {
-  return __shfl_down_sync(kAllLanes, v, unsigned(delta));
-}
-RNN_EXT_DEVICE bool vote_any(bool p) { return __any_sync(kAllLanes, p); }
-RNN_EXT_DEVICE bool vote_all(bool p) { return __all_sync(kAllLanes, p); }
-RNN_EXT_DEVICE uint32_t vote_ballot(bool p) { return __ballot_sync(kAllLanes, p); }
-
 // --- Signals in global memory --------------------------------------------------------------------
 
-RNN_EXT_DEVICE uint32_t load_relaxed(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-               : "=r"(v)
-               : "l"(__cvta_generic_to_global(p))
-               : "memory");
-  return v;
-}
 RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
@@ -103,22 +81,6 @@ RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) {
                : "l"(__cvta_generic_to_global(p))
                : "memory");
   return v;
-}
-RNN_EXT_DEVICE void store_relaxed(uint32_t* p, uint32_t v) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(v)
-               : "memory");
-}
-RNN_EXT_DEVICE void store_release(uint32_t* p, uint32_t v) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(v)
-               : "memory");
-}
-RNN_EXT_DEVICE uint32_t fetch_add_relaxed(uint32_t* p, uint32_t v) {
-  uint32_t old;
-  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(__cvta_generic_to_global(p)), "r"(v)
-               : "memory");
-  return old;
 }
 RNN_EXT_DEVICE uint32_t fetch_add_release(uint32_t* p, uint32_t v) {
   uint32_t old;
@@ -128,9 +90,6 @@ RNN_EXT_DEVICE uint32_t fetch_add_release(uint32_t* p, uint32_t v) {
                : "memory");
   return old;
 }
-RNN_EXT_DEVICE void device_fence() { __threadfence(); }
-RNN_EXT_DEVICE void spin_pause() {}
-
 // --- Wide and asynchronous access ----------------------------------------------------------------
 
 template <class T, int N>
@@ -160,14 +119,6 @@ template <>
 struct Word<16> {
   using Type = uint4;
 };
-
-// Through the non-coherent cache: for what nobody writes while the kernel runs.
-template <class T>
-RNN_EXT_DEVICE T load_streaming(const T* p) {
-  using W = typename Word<int(sizeof(T))>::Type;
-  const W word = __ldg(reinterpret_cast<const W*>(p));
-  return *reinterpret_cast<const T*>(&word);
-}
 
 // From L2, past L1: for what other blocks have just written.
 template <class T, int N>
@@ -254,6 +205,9 @@ RNN_EXT_DEVICE double exponential(double x) { return ::exp(x); }
 RNN_EXT_DEVICE float hyperbolic_tangent(float x) { return ::tanhf(x); }
 RNN_EXT_DEVICE double hyperbolic_tangent(double x) { return ::tanh(x); }
 
+// The device that this pass compiles for has all products below.
+inline constexpr bool kHasTensorCores = RNN_EXT_SM80;
+
 // --- Matrix fragments ----------------------------------------------------------------------------
 // With g = lane / 4, t = lane % 4, a register of two narrow values holding the lower index in its
 // low half:
@@ -276,15 +230,7 @@ RNN_EXT_DEVICE void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const 
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  if constexpr (std::is_same_v<T, Float16>) {  // two products of half the depth
-    for (int half = 0; half < 2; ++half)
-      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-          "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-          : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-          : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
-  } else {
-    __trap();  // compute capability 7.5 multiplies no bfloat16: the plan never asks it to
-  }
+  __trap();
 #endif
 }
 
@@ -298,44 +244,6 @@ RNN_EXT_DEVICE void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4],
 #else
   __trap();
 #endif
-}
-
-// kCount 8 x 8 matrices of 2-byte elements from shared memory. Lane l gives the address of row
-// l % 8 (16 bytes, aligned) of matrix l / 8; lanes beyond 8 kCount give any such address.
-// registers[m] is elements (l / 4, 2 (l % 4)..) of matrix m, or of its transpose.
-template <int kCount, bool kTranspose = false>
-RNN_EXT_DEVICE void load_matrix(uint32_t (&r)[kCount], const void* row) {
-  const unsigned address = unsigned(__cvta_generic_to_shared(row));
-  if constexpr (kCount == 4 && kTranspose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  else if constexpr (kCount == 4)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  else if constexpr (kCount == 2 && kTranspose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  else if constexpr (kCount == 2)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  else if constexpr (kTranspose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(address)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(address)
-                 : "memory");
 }
 
 }  // namespace rnn_ext::cuda

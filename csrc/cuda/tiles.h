@@ -21,9 +21,7 @@ RNN_EXT_SHARED_INLINE constexpr int64_t bytes_of(DType t) {
 RNN_EXT_SHARED_INLINE constexpr int64_t compute_bytes_of(DType t) {
   return t == DType::kFloat64 ? 8 : 4;
 }
-RNN_EXT_SHARED_INLINE constexpr bool is_narrow(DType t) {
-  return bytes_of(t) == 2;
-}  // on tensor cores
+RNN_EXT_SHARED_INLINE constexpr bool is_narrow(DType t) { return bytes_of(t) == 2; }
 
 inline constexpr int kWarp = 32;
 inline constexpr int kWarps = 8;  // of a block
@@ -47,14 +45,36 @@ RNN_EXT_SHARED_INLINE constexpr int64_t blocks_of(int64_t n, int64_t size) {
   return (n + size - 1) / size;
 }
 
+// The ways to cut a layer: each is an instantiation of the kernels, the plan chooses.
+enum class Cut : int {
+  kLanes = 0,        // plain multiply-adds
+  kTensorCores = 1,  // f16, bf16; f32 with operands rounded to tf32
+  kWide = 2          // the same with twice the units in a block: half the blocks, where those of
+                     // kTensorCores are more than the device has multiprocessors
+};
+inline constexpr Cut kCuts[] = {Cut::kLanes, Cut::kTensorCores, Cut::kWide};
+
+RNN_EXT_SHARED_INLINE constexpr bool has_cut(DType dtype, int gates, bool backward, Cut cut) {
+  switch (cut) {
+    case Cut::kLanes:
+      return !is_narrow(dtype);
+    case Cut::kTensorCores:
+      return dtype != DType::kFloat64;
+    case Cut::kWide:  // backward, and with one gate, a block has 16 units anyway
+      return is_narrow(dtype) && !backward && gates > 1;
+  }
+  return false;
+}
+
 // Forward: the gates of the units are the rows, so the tensor cores' 16 rows are filled by weights
 // and a small batch wastes little. Backward: the units themselves are.
-RNN_EXT_SHARED_INLINE constexpr int units_of_block(int gates, bool backward, bool narrow) {
-  return backward ? (narrow ? 16 : 8) : gates == 1 ? 16 : 8;
+RNN_EXT_SHARED_INLINE constexpr int units_of_block(int gates, bool backward, Cut cut) {
+  if (backward) return cut == Cut::kLanes ? 8 : 16;
+  return gates == 1 || cut == Cut::kWide ? 16 : 8;
 }
 // Rows of a warp's tile.
-RNN_EXT_SHARED_INLINE constexpr int tile_rows(bool backward, bool narrow) {
-  return backward && !narrow ? 8 : 16;
+RNN_EXT_SHARED_INLINE constexpr int tile_rows(bool backward, Cut cut) {
+  return backward && cut == Cut::kLanes ? 8 : 16;
 }
 
 struct Tiling {
@@ -64,12 +84,15 @@ struct Tiling {
   RNN_EXT_SHARED_INLINE constexpr int rows() const { return tiles * tile_rows; }
 };
 
-RNN_EXT_SHARED_INLINE constexpr Tiling tiling(int gates, bool backward, bool narrow) {
-  const int units = units_of_block(gates, backward, narrow), rows = tile_rows(backward, narrow);
+RNN_EXT_SHARED_INLINE constexpr Tiling tiling(int gates, bool backward, Cut cut) {
+  const int units = units_of_block(gates, backward, cut), rows = tile_rows(backward, cut);
   const int needed = backward ? units : gates * units;
   const int tiles = (needed + rows - 1) / rows;
-  // On tensor cores a warp makes all tiles from each operand it loads; else a warp has one tile.
-  return {units, rows, tiles, narrow ? kWarps : kWarps / tiles};
+  // On tensor cores a warp makes all tiles from each operand it loads; of a wide block half of
+  // them, for half the partial sums (an LSTM's would have no room beside the weights of 1024 units)
+  // and half the accumulators. Without tensor cores a warp has one tile.
+  const int slots = cut == Cut::kLanes ? kWarps / tiles : cut == Cut::kWide ? kWarps / 2 : kWarps;
+  return {units, rows, tiles, slots};
 }
 
 // K: the units, backward those of every gate, padded gate by gate.
@@ -89,9 +112,10 @@ struct SharedLayout {
 };
 
 RNN_EXT_SHARED_INLINE constexpr SharedLayout shared_layout(int gates, int saved, bool backward,
-                                                           DType dtype, int64_t hidden_size,
+                                                           DType dtype, Cut cut,
+                                                           int64_t hidden_size,
                                                            int64_t group_rows) {
-  const Tiling t = tiling(gates, backward, is_narrow(dtype));
+  const Tiling t = tiling(gates, backward, cut);
   const int64_t pass_rows = group_rows < kPassRows ? rounded_up(group_rows, kRowTile) : kPassRows;
   SharedLayout s{};
   s.partial_stride = int(pass_rows) + kPartialPad;

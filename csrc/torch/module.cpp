@@ -140,7 +140,7 @@ cuda::DType cuda_dtype(const std::string& name) {
 // What the CUDA engine would do on a device of the tables, predicted. No GPU is asked.
 py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size,
                    int64_t hidden_size, int64_t proj_size, int directions, const std::string& dtype,
-                   bool backward, bool training, const std::string& device) {
+                   bool backward, bool training, const std::string& device, bool allow_tf32) {
   if (steps < 1 || batch < 1 || input_size < 1 || hidden_size < 1 || proj_size < 0 ||
       directions < 1 || directions > kMaxDirections)
     throw py::value_error("sizes must be positive, directions 1 or 2");
@@ -159,6 +159,7 @@ py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_
   input.dtype = cuda_dtype(dtype);
   input.backward = backward;
   input.save_reserve = training;
+  input.allow_tf32 = allow_tf32;
   input.device = *model;
   const cuda::Plan p = cuda::make_plan(input);
   py::dict info;
@@ -166,6 +167,7 @@ py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_
                    : p.method == cuda::Method::kStepwise ? "stepwise"
                                                          : "refused";
   info["reason"] = p.reason;
+  info["tensor_cores"] = p.cut != cuda::Cut::kLanes;
   info["units_per_block"] = p.units;
   info["groups"] = p.groups;
   info["group_rows"] = p.group_rows;
@@ -328,7 +330,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
         py::arg("directions") = 1, py::arg("dtype") = "float32", py::arg("backward") = false,
-        py::arg("training") = false, py::arg("device") = "h100");
+        py::arg("training") = false, py::arg("device") = "h100", py::arg("allow_tf32") = false);
   m.def("empty_pool", &empty_pool);
   m.def("pool_bytes", &pool_bytes);
   m.def("linear_activations", &linear_activations);

@@ -58,6 +58,12 @@ at::ScalarType scalar_type(cuda::DType type) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
+// torch's setting for products, which at::mm follows as well.
+bool allow_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 // The engine's products: views of its memory, multiplied in place. Torch's errors are C++
 // exceptions and pass through the engine, which holds nothing that would leak.
 cuda::Status multiply(void* context, const cuda::Gemm& g, cuda::Stream /*torch's current one*/) {
@@ -106,7 +112,8 @@ class CudaBackend {
  private:
   template <class Call>
   void run_call(const Call& call) {
-    const cuda::PlanInput input = cuda::plan_input<T>(call, device_at(device_.index()));
+    cuda::PlanInput input = cuda::plan_input<T>(call, device_at(device_.index()));
+    input.allow_tf32 = allow_tf32();
     const cuda::Plan plan = cuda::make_plan(input);
     // Modules go to torch.nn then.
     TORCH_CHECK_NOT_IMPLEMENTED(plan.method != cuda::Method::kRefused,

@@ -106,6 +106,51 @@ def test_reports(tmp_path, capsys):
     assert paths[2].stat().st_size > 1000
 
 
+def like_flashrnn(wx, recurrent, bias, function, backend, dtype):
+    """What the package documents: one head, gates g = R y + W x + b, states from zeros."""
+    assert dtype == str(wx.dtype).removeprefix("torch.")
+    batch, _, _, heads, hidden = wx.shape
+    assert (heads, recurrent.shape[1:]) == (1, (1, hidden, hidden))
+    y, c, states = wx.new_zeros(batch, hidden), wx.new_zeros(batch, hidden), []
+    b = bias[:, 0]
+    for x in wx[:, :, :, 0].unbind(1):  # (B, G, H)
+        r = torch.einsum("gdp,bp->bgd", recurrent[:, 0], y)
+        if function == "lstm":
+            i, f, g, o = (x + r + b).unbind(1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            y = o.sigmoid() * c.tanh()
+        elif function == "gru":
+            reset, update = (x[:, 0] + r[:, 1] + b[1]).sigmoid(), x[:, 1] + r[:, 2] + b[2]
+            new = (x[:, 2] + b[3] + reset * (r[:, 0] + b[0])).tanh()
+            y = update.sigmoid() * y + (1 - update.sigmoid()) * new
+        else:
+            y = (x + r + b)[:, 0].tanh()
+        states.append(torch.stack([y, c] if function == "lstm" else [y]))
+    history = torch.stack(states, dim=2).unsqueeze(3)  # (S, B, T, 1, H)
+    return history, history[:, :, -1:]
+
+
+@pytest.mark.parametrize("cell", gpu.CELLS)
+@pytest.mark.parametrize("mode", gpu.MODES)
+def test_flashrnn_is_given_the_same_layer(monkeypatch, cell, mode):
+    monkeypatch.setattr(gpu.flash, "flashrnn_function", lambda: like_flashrnn)
+    row = gpu.measure(small(cell, mode), CPU, rounds=2, model=None)
+    assert not row.wrong
+    assert not row.absent
+    assert gpu.FLASH in row.seconds
+
+
+def test_flashrnn_falls_out_with_a_note(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel for this shape\nand a long trace")
+
+    monkeypatch.setattr(gpu.flash, "flashrnn_function", lambda: broken)
+    row = gpu.measure(small(), CPU, rounds=2, model=None)
+    assert row.absent == {gpu.FLASH: "RuntimeError: no kernel for this shape"}
+    assert set(row.seconds) == {gpu.BASELINE, gpu.OURS}
+    assert "Absent from 1 of 1 cases: flashrnn: RuntimeError" in gpu.markdown([row], "title")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu_is_said_and_nothing_measured(capsys):
     assert gpu.main([]) == 2

@@ -21,6 +21,8 @@ struct Layer {
   };
   SequenceShape shape;
   bool linear = false;
+  // What becomes of both operands of a product with w_hh before they are multiplied; null: nothing.
+  double (*recurrent_operand)(double) = nullptr;
   Array x, dy;  // (N, I), (N, D*R)
   Direction directions[kMaxDirections];
 };
@@ -78,6 +80,10 @@ class Reference {
   double sigmoid_grad(double s) const { return layer_.linear ? 0.25 : s * (1 - s); }
   double tanh_grad(double t) const { return layer_.linear ? 1 : 1 - t * t; }
 
+  double operand(double value) const {
+    return layer_.recurrent_operand ? layer_.recurrent_operand(value) : value;
+  }
+
   int64_t step_at(int d, int64_t position) const {
     return d == 0 ? position : s_.steps - 1 - position;
   }
@@ -128,7 +134,9 @@ class Reference {
     for (int g = 0; g < num_gates(s_.cell); ++g) {
       const int64_t row = g * H_ + j;
       from_x[g] = value(w.b_ih, row) + dot(w.w_ih, row, I_, x);
-      from_h[g] = value(w.b_hh, row) + dot(w.w_hh, row, R_, h_prev);
+      from_h[g] = value(w.b_hh, row);
+      for (int64_t k = 0; k < R_; ++k)
+        from_h[g] += operand(w.w_hh[size_t(row * R_ + k)]) * operand(h_prev[k]);
     }
     const auto sum = [&](int g) { return from_x[g] + from_h[g]; };
     Unit u;
@@ -250,7 +258,7 @@ class Reference {
         out.w_ih[size_t(a * I_ + k)] += from_x * x[k];
       }
       for (int64_t k = 0; k < R_; ++k) {
-        dh[k] += from_h * w.w_hh[size_t(a * R_ + k)];
+        dh[k] += operand(from_h) * operand(w.w_hh[size_t(a * R_ + k)]);
         out.w_hh[size_t(a * R_ + k)] += from_h * h_prev[k];
       }
     }

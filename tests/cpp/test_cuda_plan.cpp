@@ -59,9 +59,10 @@ TEST(persistent_plans_fit) {
     ++persistent;
     const Device& device = in.device;
     const int gates = num_gates(in.shape.cell);
-    CHECK_EQ(plan.shared_bytes, shared_layout(gates, num_saved(in.shape.cell), in.backward,
-                                              in.dtype, in.shape.hidden_size, plan.group_rows)
-                                    .bytes);
+    CHECK_EQ(plan.shared_bytes,
+             shared_layout(gates, num_saved(in.shape.cell), in.backward, in.dtype, plan.cut,
+                           in.shape.hidden_size, plan.group_rows)
+                 .bytes);
     CHECK(plan.shared_bytes <= device.shared_per_block);
     CHECK(plan.grid <= plan.blocks_per_sm * device.sms);
     CHECK(plan.blocks_per_sm * (plan.shared_bytes + 1024) <= device.shared_per_sm);
@@ -124,12 +125,48 @@ TEST(weights_on_chip_where_they_fit) {
   CHECK(make_plan(projected).method == Method::kStepwise);
 }
 
+// Tensor cores multiply float32 where the caller allows tf32 and the device has it: only there.
+TEST(tf32_only_where_allowed) {
+  for (bool backward : {false, true}) {
+    for (const char* device : {"t4", "a100", "h100"}) {
+      check::Scope scope(device, " backward ", int(backward));
+      PlanInput in = input(device, DType::kFloat32, 100, 32, 256, backward);
+      CHECK(make_plan(in).cut == Cut::kLanes);
+      const Cut tensor_cores = Cut::kTensorCores;
+      CHECK(make_plan(in, Method::kPersistent, &tensor_cores).method == Method::kRefused);
+      const double exact = make_plan(in).costs.total();
+      in.allow_tf32 = true;
+      const Plan plan = make_plan(in);
+      CHECK_EQ(plan.cut == Cut::kTensorCores, in.device.capability >= 80);
+      if (in.device.capability >= 80) CHECK(plan.costs.total() < exact);
+      in.dtype = DType::kFloat64;
+      CHECK(make_plan(in).cut == Cut::kLanes);
+    }
+  }
+}
+
+// 8 units a block are 128 blocks of one layer with H = 1024, which has room on the 108
+// multiprocessors of an A100 only in blocks of 16.
+TEST(wide_blocks_where_there_are_few_multiprocessors) {
+  const PlanInput in = input("a100", DType::kFloat16, 100, 16, 1024);
+  const Cut tensor_cores = Cut::kTensorCores;
+  CHECK(make_plan(in, Method::kPersistent, &tensor_cores).method == Method::kRefused);
+  const Plan plan = make_plan(in);
+  CHECK(plan.method == Method::kPersistent);
+  CHECK(plan.cut == Cut::kWide);
+  CHECK_EQ(plan.units, 16);
+  // 24 rows of partial sums have no room beside the weights, a second group no multiprocessors.
+  CHECK(make_plan(input("a100", DType::kFloat16, 100, 17, 1024)).method == Method::kStepwise);
+  CHECK(make_plan(input("a100", DType::kFloat16, 100, 16, 1024, true)).method ==
+        Method::kPersistent);
+}
+
 TEST(both_directions_in_one_launch_where_they_fit) {
   CHECK_EQ(make_plan(input("h100", DType::kFloat16, 100, 8, 256, false, CellKind::kGru, 2))
                .directions_at_once,
            2);
-  // 96 blocks each, of 132.
-  CHECK_EQ(make_plan(input("h100", DType::kFloat16, 100, 8, 768, false, CellKind::kGru, 2))
+  // 72 blocks each, of 132, cut as wide as can be.
+  CHECK_EQ(make_plan(input("h100", DType::kFloat16, 100, 8, 1152, false, CellKind::kGru, 2))
                .directions_at_once,
            1);
 }
@@ -191,7 +228,7 @@ TEST(sizes_beyond_32_bits) {
            uintptr_t(((T - 1) * B + B - 1) * H) * sizeof(float));
   CHECK_EQ(shape.rows(), T * B);
   CHECK_EQ(exchange_slot(4, true, 8192, 128), int64_t(4) * 8192 * 128);
-  CHECK(shared_layout(4, 5, true, DType::kFloat64, int64_t(1) << 28, 128).bytes >
+  CHECK(shared_layout(4, 5, true, DType::kFloat64, Cut::kLanes, int64_t(1) << 28, 128).bytes >
         (int64_t(1) << 35));
   // Forward never holds more projections than its share, and the last chunk is whole.
   in = input("h100", DType::kBFloat16, T, B, H);

@@ -1,108 +1,24 @@
-#include "executor.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <map>
-#include <memory>
-#include <random>
-#include <unordered_map>
 #include <utility>
 
-#include "../../csrc/cuda/portable.h"
-#include "fiber.h"
-#include "hooks.h"
-#include "memory.h"
+#include "executor_state.h"
 
 namespace rnn_ext::cuda::host {
 
 ThreadPlace place;
 
-namespace {
-
-// --- State ---------------------------------------------------------------------------------------
-
-// What lanes of a warp do together. The last to come does it for all.
-struct WarpOperation {
-  const char* name;
-  void (*run)(void* const* lanes);  // null: nothing
-  bool orders_memory;
-};
-
-struct AsyncCopy {
-  char* shared;
-  const char* global;
-  int size, bytes;
-  const void* site;
-};
-
-struct Block;
-
-enum class State { kReady, kAtBlockBarrier, kInWarp, kSpinning, kDone };
-
-struct Thread : Accessor {
-  Context context;
-  Block* home = nullptr;
-  State state = State::kReady;
-  const void* site = nullptr;  // of what it waits in
-  const WarpOperation* operation = nullptr;
-  void* argument = nullptr;
-  // Its last load of a signal, with nothing done since: a second one of the same value is a spin.
-  const uint32_t* polled = nullptr;
-  uint32_t polled_value = 0;
-  std::vector<AsyncCopy> open;                // not committed
-  std::deque<std::vector<AsyncCopy>> groups;  // committed, oldest first
-  char* stack = nullptr;
-};
-
-struct Block {
-  int index = 0;
-  std::vector<Thread*> threads;
-  std::vector<int> in_warp;  // lanes waiting, by warp
-  int at_barrier = 0, done = 0;
-  Allocation* dynamic = nullptr;
-  std::map<const void*, Allocation*> statics;
-};
-
-struct Signal {
-  SharedClock published;
-};
-
-constexpr size_t kGuard = 4 << 10;  // below each stack: one that overflows ends the program
-constexpr size_t kStack = (kInstrumented ? 64 << 10 : 256 << 10) - kGuard;
-
-struct Executor {
-  Memory memory;
-  Schedule schedule;
-  std::mt19937_64 random;
-
-  // Of the running launch.
-  const LaunchConfig* config = nullptr;
-  void (*body)(const void*) = nullptr;
-  const void* parameters = nullptr;
-  size_t parameter_bytes = 0;
-  size_t thread_count = 0;
-  std::vector<std::unique_ptr<Block>> blocks;  // resident
-  std::deque<Thread*> ready;
-  std::vector<Thread*> spinning;
-  std::unordered_map<const uint32_t*, Signal> signals;
-  uint64_t progress = 0;
-  bool aborted = false;
-
-  Context main;
-  Thread* current = nullptr;
-  std::vector<std::unique_ptr<Thread>> idle;  // with stacks to use again
-  std::vector<std::unique_ptr<Thread>> busy;
-};
-
 Executor& executor() {
   static Executor e;
   return e;
 }
+
+namespace {
+
+// --- Scheduling ----------------------------------------------------------------------------------
 
 // --- Scheduling ----------------------------------------------------------------------------------
 
@@ -143,8 +59,9 @@ void make_current(Thread* thread) {
   set_preemption();
 }
 
-// Leaves the running thread, which is in some list or waits for something.
-void leave(bool dying = false) {
+}  // namespace
+
+void leave(bool dying) {
   Executor& e = executor();
   Thread* self = e.current;
   Thread* next = e.aborted || dying ? nullptr : next_ready();
@@ -163,18 +80,11 @@ void yield() {
   leave();
 }
 
-// The launch cannot go on: every thread is abandoned where it is.
 [[noreturn]] void abort_launch() {
   executor().aborted = true;
   leave(true);
   std::abort();
 }
-
-// Executor code runs with the hooks off.
-struct Inside {
-  Inside() { hooks.active = false; }
-  ~Inside() { hooks.active = true; }
-};
 
 void moved() {
   Thread* self = executor().current;
@@ -182,12 +92,16 @@ void moved() {
   ++executor().progress;
 }
 
+namespace {
+
 void wake_spinning() {
   Executor& e = executor();
   std::vector<Thread*> woken;
   woken.swap(e.spinning);
   for (Thread* thread : woken) make_ready(thread);
 }
+}  // namespace
+
 void wake_spinning(const uint32_t* signal) {
   Executor& e = executor();
   size_t kept = 0;
@@ -198,6 +112,8 @@ void wake_spinning(const uint32_t* signal) {
       e.spinning[kept++] = thread;
   e.spinning.resize(kept);
 }
+
+namespace {
 
 // --- Meetings ------------------------------------------------------------------------------------
 
@@ -257,6 +173,8 @@ void finish_warp(Block& block, int warp) {
   for (Thread* lane : lanes) make_ready(lane);
 }
 
+}  // namespace
+
 void warp_together(const WarpOperation& operation, void* argument, const void* site) {
   moved();
   Thread* self = executor().current;
@@ -269,6 +187,8 @@ void warp_together(const WarpOperation& operation, void* argument, const void* s
   if (++block.in_warp[size_t(warp)] == kWarpSize) finish_warp(block, warp);
   leave();
 }
+
+namespace {
 
 // --- Threads and blocks --------------------------------------------------------------------------
 
@@ -420,6 +340,14 @@ void mark_written(const void* memory, size_t bytes) {
   executor().memory.mark_written(memory, bytes);
 }
 
+void report_misaligned(const void* p, size_t bytes, const void* site) {
+  const Executor& e = executor();
+  report(Fault::kMisaligned,
+         thread_name(e.current->block, e.current->thread) + " accesses " + std::to_string(bytes) +
+             " bytes at " + e.memory.describe(p),
+         site);
+}
+
 // --- For hooks.cpp -------------------------------------------------------------------------------
 
 void checked_access(const void* p, size_t bytes, bool is_write, bool aligned, const void* site) {
@@ -430,10 +358,7 @@ void checked_access(const void* p, size_t bytes, bool is_write, bool aligned, co
   if (!is_write && p >= begin && static_cast<const char*>(p) + bytes <= begin + e.parameter_bytes)
     return;
   if (aligned && reinterpret_cast<uintptr_t>(p) % bytes != 0) {
-    report(Fault::kMisaligned,
-           thread_name(e.current->block, e.current->thread) + " accesses " + std::to_string(bytes) +
-               " bytes at " + e.memory.describe(p),
-           site);
+    report_misaligned(p, bytes, site);
     abort_launch();
   }
   if (!e.memory.check(*e.current, p, bytes, is_write ? Kind::kWrite : Kind::kRead, site))
@@ -446,8 +371,6 @@ void preempt() {
 }
 
 // --- For portable_host.h -------------------------------------------------------------------------
-
-#define RNN_EXT_SITE __builtin_return_address(0)
 
 void* static_shared(const void* tag, size_t bytes, size_t) {
   const Inside inside;
@@ -476,321 +399,6 @@ void warp_barrier() {
   const Inside inside;
   static const WarpOperation operation{"in a barrier of a warp", nullptr, true};
   warp_together(operation, nullptr, RNN_EXT_SITE);
-}
-
-uint64_t shuffle(Shuffle kind, uint64_t bits, int argument) {
-  const Inside inside;
-  struct Lane {
-    Shuffle kind;
-    uint64_t bits, result;
-    int argument;
-  };
-  static const WarpOperation operation{
-      "in a shuffle",
-      [](void* const* arguments) {
-        const auto lane_at = [&](int i) -> Lane& { return *static_cast<Lane*>(arguments[i]); };
-        for (int i = 0; i < kWarpSize; ++i) {
-          Lane& lane = lane_at(i);
-          int from = lane.kind == Shuffle::kXor    ? i ^ lane.argument
-                     : lane.kind == Shuffle::kDown ? i + lane.argument
-                                                   : lane.argument % kWarpSize;
-          if (from < 0 || from >= kWarpSize) from = i;
-          lane.result = lane_at(from).bits;
-        }
-      },
-      false};
-  Lane lane{kind, bits, 0, argument};
-  warp_together(operation, &lane, RNN_EXT_SITE);
-  return lane.result;
-}
-
-uint32_t vote_ballot(bool p) {
-  const Inside inside;
-  struct Lane {
-    bool p;
-    uint32_t result;
-  };
-  static const WarpOperation operation{"in a vote",
-                                       [](void* const* arguments) {
-                                         uint32_t votes = 0;
-                                         for (int i = 0; i < kWarpSize; ++i)
-                                           votes |= uint32_t(static_cast<Lane*>(arguments[i])->p)
-                                                    << i;
-                                         for (int i = 0; i < kWarpSize; ++i)
-                                           static_cast<Lane*>(arguments[i])->result = votes;
-                                       },
-                                       false};
-  Lane lane{p, 0};
-  warp_together(operation, &lane, RNN_EXT_SITE);
-  return lane.result;
-}
-
-static void check_signal(const uint32_t* p, Kind kind, const void* site) {
-  Executor& e = executor();
-  if (e.schedule.order == Order::kRandom && e.random() % 2) yield();
-  if (reinterpret_cast<uintptr_t>(p) % 4 != 0) {
-    report(Fault::kMisaligned, "a signal at " + e.memory.describe(p), site);
-    abort_launch();
-  }
-  if (!e.memory.check(*e.current, p, sizeof *p, kind, site)) abort_launch();
-}
-
-uint32_t atomic_load(const uint32_t* p, bool acquire) {
-  const Inside inside;
-  Executor& e = executor();
-  Thread* self = e.current;
-  if (self->polled == p && self->polled_value == *p) {
-    self->state = State::kSpinning;
-    self->site = RNN_EXT_SITE;
-    e.spinning.push_back(self);
-    leave();
-  }
-  check_signal(p, Kind::kAtomicRead, RNN_EXT_SITE);
-  const Signal& signal = e.signals[p];
-  if (acquire) {
-    self->clock.acquire(signal.published);
-  } else if (signal.published && signal.published != self->clock.loaded) {
-    auto all = std::make_shared<Clock>(e.thread_count);
-    join(*all, self->clock.loaded);
-    join(*all, signal.published);
-    self->clock.loaded = all;
-  }
-  self->polled = p;
-  self->polled_value = *p;
-  return *p;
-}
-
-// A store ends what earlier releases have published there; an addition continues it.
-static void publish(const uint32_t* p, bool release, bool continues) {
-  Executor& e = executor();
-  ThreadClock& clock = e.current->clock;
-  SharedClock all = release ? clock.snapshot(e.thread_count) : clock.fenced;
-  Signal& signal = e.signals[p];
-  if (continues && signal.published) {
-    auto both = std::make_shared<Clock>(*signal.published);
-    join(*both, all);
-    all = both;
-  }
-  signal.published = all;
-  moved();
-  wake_spinning(p);
-}
-
-void atomic_store(uint32_t* p, uint32_t v, bool release) {
-  const Inside inside;
-  check_signal(p, Kind::kAtomicWrite, RNN_EXT_SITE);
-  publish(p, release, false);
-  *p = v;
-}
-
-uint32_t atomic_add(uint32_t* p, uint32_t v, bool release) {
-  const Inside inside;
-  check_signal(p, Kind::kAtomicRead, RNN_EXT_SITE);
-  check_signal(p, Kind::kAtomicWrite, RNN_EXT_SITE);
-  ThreadClock& clock = executor().current->clock;
-  if (const SharedClock& published = executor().signals[p].published; published) {
-    auto all = std::make_shared<Clock>(executor().thread_count);
-    join(*all, clock.loaded);
-    join(*all, published);
-    clock.loaded = all;
-  }
-  publish(p, release, true);
-  const uint32_t old = *p;
-  *p = old + v;
-  return old;
-}
-
-void device_fence() {
-  const Inside inside;
-  moved();
-  ThreadClock& clock = executor().current->clock;
-  clock.acquire(clock.loaded);
-  clock.fenced = clock.snapshot(executor().thread_count);
-}
-
-void wide_access(const void* p, size_t bytes) {
-  const Inside inside;
-  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
-  Executor& e = executor();
-  report(Fault::kMisaligned,
-         thread_name(e.current->block, e.current->thread) + " accesses " + std::to_string(bytes) +
-             " bytes at " + e.memory.describe(p),
-         RNN_EXT_SITE);
-  abort_launch();
-}
-
-void streaming_access(const void* p, size_t bytes) {
-  const Inside inside;
-  if (!executor().memory.check(*executor().current, p, bytes, Kind::kStreaming, RNN_EXT_SITE))
-    abort_launch();
-}
-
-// --- Asynchronous copies -------------------------------------------------------------------------
-
-void copy_async(void* shared, const void* global, int size, int bytes) {
-  const Inside inside;
-  Executor& e = executor();
-  moved();
-  const void* site = RNN_EXT_SITE;
-  const auto misaligned = [&](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % uintptr_t(size) != 0;
-  };
-  if (bytes < 0 || bytes > size || misaligned(shared) || misaligned(global)) {
-    report(Fault::kMisaligned,
-           "copy of " + std::to_string(bytes) + " of " + std::to_string(size) + " bytes from " +
-               e.memory.describe(global) + " to " + e.memory.describe(shared),
-           site);
-    abort_launch();
-  }
-  const Allocation* to = e.memory.find(shared);
-  if (!to || to->block < 0) {
-    report(Fault::kOutOfBounds, "copy_async to " + e.memory.describe(shared), site);
-    abort_launch();
-  }
-  if ((bytes > 0 && !e.memory.check(*e.current, global, size_t(bytes), Kind::kRead, site)) ||
-      !e.memory.check(*e.current, shared, size_t(size), Kind::kAsyncWrite, site))
-    abort_launch();
-  std::memset(shared, 0xff, size_t(size));
-  e.current->open.push_back(
-      {static_cast<char*>(shared), static_cast<const char*>(global), size, bytes, site});
-}
-
-void copy_async_commit() {
-  const Inside inside;
-  moved();
-  Thread* self = executor().current;
-  self->groups.push_back(std::move(self->open));
-  self->open.clear();
-}
-
-void copy_async_wait(int newest) {
-  const Inside inside;
-  moved();
-  Executor& e = executor();
-  Thread* self = e.current;
-  for (; int(self->groups.size()) > newest; self->groups.pop_front())
-    for (const AsyncCopy& copy : self->groups.front()) {
-      // The source may be read at any time until now.
-      if (copy.bytes > 0 &&
-          !e.memory.check(*self, copy.global, size_t(copy.bytes), Kind::kRead, copy.site))
-        abort_launch();
-      std::memcpy(copy.shared, copy.global, size_t(copy.bytes));
-      std::memset(copy.shared + copy.bytes, 0, size_t(copy.size - copy.bytes));
-      e.memory.arrived(*self, copy.shared, size_t(copy.size), copy.site);
-    }
-}
-
-// --- Matrix fragments ----------------------------------------------------------------------------
-// Layouts: portable_nvcc.h.
-
-static float half_of(uint32_t two, int which, bool bfloat16) {
-  const auto bits = uint16_t(two >> (16 * which));
-  return bfloat16 ? float_of(BFloat16{bits}) : float_of(Float16{bits});
-}
-
-namespace {
-struct MmaLane {
-  float* acc;
-  const uint32_t *a, *b;
-};
-}  // namespace
-
-// acc (16, 8) += a (16, K) b (K, 8), sums in the order of K.
-template <int K>
-static void multiply(void* const* lanes, const float (&a)[16][K], const float (&b)[K][8]) {
-  for (int lane = 0; lane < kWarpSize; ++lane)
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-      float& sum = static_cast<const MmaLane*>(lanes[lane])->acc[i];
-      for (int k = 0; k < K; ++k) sum += a[row][k] * b[k][column];
-    }
-}
-
-template <bool kBFloat16>
-static void run_mma16(void* const* lanes) {
-  float a[16][16], b[16][8];
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    const auto* m = static_cast<const MmaLane*>(lanes[lane]);
-    const int g = lane / 4, t = lane % 4;
-    for (int r = 0; r < 4; ++r)
-      for (int half = 0; half < 2; ++half)
-        a[g + r % 2 * 8][2 * t + r / 2 * 8 + half] = half_of(m->a[r], half, kBFloat16);
-    for (int r = 0; r < 2; ++r)
-      for (int half = 0; half < 2; ++half)
-        b[2 * t + r * 8 + half][g] = half_of(m->b[r], half, kBFloat16);
-  }
-  multiply(lanes, a, b);
-}
-
-void mma_m16n8k16(float* acc, const uint32_t* a, const uint32_t* b, bool bfloat16) {
-  const Inside inside;
-  static const WarpOperation of_float16{"in a product", run_mma16<false>, false};
-  static const WarpOperation of_bfloat16{"in a product", run_mma16<true>, false};
-  MmaLane lane{acc, a, b};
-  warp_together(bfloat16 ? of_bfloat16 : of_float16, &lane, RNN_EXT_SITE);
-}
-
-void mma_m16n8k8_tf32(float* acc, const uint32_t* a, const uint32_t* b) {
-  const Inside inside;
-  static const WarpOperation operation{
-      "in a product",
-      [](void* const* lanes) {
-        const auto value = [](uint32_t bits) {  // the hardware ignores the lowest 13 bits
-          return __builtin_bit_cast(float, bits & ~0x1fffu);
-        };
-        float a[16][8], b[8][8];
-        for (int lane = 0; lane < kWarpSize; ++lane) {
-          const auto* m = static_cast<const MmaLane*>(lanes[lane]);
-          const int g = lane / 4, t = lane % 4;
-          for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][t + r / 2 * 4] = value(m->a[r]);
-          for (int r = 0; r < 2; ++r) b[t + r * 4][g] = value(m->b[r]);
-        }
-        multiply(lanes, a, b);
-      },
-      false};
-  MmaLane lane{acc, a, b};
-  warp_together(operation, &lane, RNN_EXT_SITE);
-}
-
-void load_matrix(uint32_t* registers, const void* row, int count, bool transpose) {
-  const Inside inside;
-  Executor& e = executor();
-  const void* site = RNN_EXT_SITE;
-  struct Lane {
-    uint32_t* registers;
-    const void* row;
-    int count;
-    bool transpose;
-  };
-  static const WarpOperation operation{
-      "in a load of matrices",
-      [](void* const* lanes) {
-        const auto* first = static_cast<const Lane*>(lanes[0]);
-        for (int m = 0; m < first->count; ++m)
-          for (int lane = 0; lane < kWarpSize; ++lane) {
-            uint16_t two[2];
-            for (int half = 0; half < 2; ++half) {
-              int r = lane / 4, c = lane % 4 * 2 + half;
-              if (first->transpose) std::swap(r, c);
-              const auto* from = static_cast<const Lane*>(lanes[8 * m + r]);
-              std::memcpy(&two[half], static_cast<const char*>(from->row) + 2 * c, 2);
-            }
-            static_cast<const Lane*>(lanes[lane])->registers[m] =
-                uint32_t(two[0]) | uint32_t(two[1]) << 16;
-          }
-      },
-      false};
-  // Every address has to be one of a row, also those that are not used.
-  const Allocation* from = e.memory.find(row);
-  if (!from || from->block < 0 || reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-    report(Fault::kMisaligned, "load_matrix from " + e.memory.describe(row), site);
-    abort_launch();
-  }
-  if (place.thread % kWarpSize < 8 * count &&
-      !e.memory.check(*e.current, row, 16, Kind::kRead, site))
-    abort_launch();
-  Lane lane{registers, row, count, transpose};
-  warp_together(operation, &lane, site);
 }
 
 // --- Launch --------------------------------------------------------------------------------------

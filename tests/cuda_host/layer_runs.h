@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "../cpp/layers.h"
 #include "cuda/engine.h"
@@ -45,6 +46,9 @@ struct Way {
   int64_t gap = 0;          // elements between rows
   int64_t chunk_steps = 0;  // forward; 0: as planned
   bool training = true;
+  bool allow_tf32 = false;
+  // Persistent: the cut, where the engine has it for the call; else as planned.
+  std::optional<Cut> cut = {};
 };
 
 // The device memory of one run.
@@ -144,8 +148,11 @@ Status multiply(void* /*context*/, const Gemm& g, Stream /*stream*/) {
 
 template <class T, class Call>
 Plan run_call(const Call& call, const Way& way) {
-  const PlanInput input = plan_input<T>(call, way.device);
-  Plan plan = make_plan(input, way.method);
+  PlanInput input = plan_input<T>(call, way.device);
+  input.allow_tf32 = way.allow_tf32;
+  const bool cut =
+      way.cut && has_cut(input.dtype, num_gates(call.shape.cell), input.backward, *way.cut);
+  Plan plan = make_plan(input, way.method, cut ? &*way.cut : nullptr);
   CHECK(plan.method == way.method);
   if (plan.method != way.method) return plan;
   if (way.chunk_steps && !input.backward) plan.chunk_steps = way.chunk_steps;

@@ -26,13 +26,13 @@ FILES = ("csrc/cuda/persistent.h", "csrc/cuda/products.h", "csrc/cuda/portable.h
 TYPES = {"float": "persistent_f32", "BFloat16": "persistent_bf16"}
 
 DELETED = re.compile(
-    r"\b(?:block_barrier|warp_barrier|device_fence|copy_async_commit|copy_async_wait<\d+>"
-    r"|\w+\.arrive|\w+\.wait)\([^;{}]*\);"
+    r"\b(?:block_barrier|copy_async_commit|copy_async_wait<\d+>"
+    r"|[\w.]+\.arrive|[\w.]+\.wait)\([^;{}]*\);"
 )
 WEAKENED = {
-    r"fetch_add_release\(counter": "fetch_add_relaxed(counter",
-    r"load_acquire\(counter": "load_relaxed(counter",
-    r"store_release\(": "store_relaxed(",
+    # What is between the parentheses of a relaxed access, which kernels have no name for.
+    r"fetch_add_release\((counter[^;]*)\);": r"host::atomic_add(\1, false);",
+    r"load_acquire\(counter\)": "host::atomic_load(counter, false)",
     # Looks once instead of waiting.
     r"while \((?=\(\(load_acquire)": "if (",
 }
@@ -51,7 +51,7 @@ def mutants() -> list[Mutant]:
         changes = [(m, "{}", f"`{m[0]}` deleted") for m in DELETED.finditer(code)]
         for pattern, instead in WEAKENED.items():
             changes += [
-                (m, instead, f"`{m[0].strip()}` is `{instead.strip()}`")
+                (m, m.expand(instead), f"`{m[0].strip()}` is `{m.expand(instead).strip()}`")
                 for m in re.finditer(pattern, code)
             ]
         for m, instead, change in sorted(changes, key=lambda c: c[0].start()):

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "../../csrc/cuda/portable.h"
+#include "beyond_kernels.h"
 
 namespace {
 

@@ -21,14 +21,17 @@ namespace host = rnn_ext::cuda::host;
 
 namespace {
 
-constexpr int kDraws = 10;  // 2 methods x 4 cells x 4 types: 320 layers
+constexpr int kDraws = 10;  // 4 cells x (2 methods x 4 types and tf32): 360 layers
 
 struct Drawn {
   Sizes sizes;
   Way way;
 };
 
-Drawn draw(CellKind cell, Method method, int index, std::mt19937& random) {
+// How the persistent kernels multiply: as the storage type does, or float rounded to tf32.
+enum class Math { kOwn, kTf32 };
+
+Drawn draw(CellKind cell, Method method, Math math, bool narrow, int index, std::mt19937& random) {
   const auto below = [&](int n) { return int(random() % unsigned(n)); };
   const auto one_in = [&](int n) { return below(n) == 0; };
   Drawn d;
@@ -62,6 +65,16 @@ Drawn draw(CellKind cell, Method method, int index, std::mt19937& random) {
   way.chunk_steps = one_in(2) ? 0 : 1 + below(int(s.T));
   if (method == Method::kStepwise && cell == CellKind::kLstm && s.H > 1 && one_in(3))
     s.P = 1 + below(int(s.H) - 1);
+  way.allow_tf32 = math == Math::kTf32;
+  // Each cut that the engine has: which one the plan would take is not the question here.
+  way.cut = math == Math::kTf32 ? cuda::Cut::kTensorCores
+            : one_in(2)         ? cuda::Cut::kWide
+            : narrow            ? cuda::Cut::kTensorCores
+                                : cuda::Cut::kLanes;
+  if (math == Math::kTf32 && one_in(3)) {
+    s.T = 1;
+    if (!s.batch_sizes.empty()) s.batch_sizes = {s.B};
+  }
   return d;
 }
 
@@ -84,6 +97,16 @@ constexpr double kTolerance<Float16> = 3e-3;
 template <>
 constexpr double kTolerance<BFloat16> = 2e-2;
 
+// With products of tf32 the reference rounds the same operands: what is left is float32's own
+// error, as long as no operand is so near the middle between two tf32 numbers that an error of
+// float32's size sends it to the other one. W_hh and h_0 are given, so the outputs of one step are
+// as exact as without tf32. Later h and all gate gradients are results: one in some thousand goes
+// the other way, by 2^-10 of itself at most, and is one of H terms of a sum. That is a float16's
+// step; the largest of 80 layers was 2.2e-4.
+constexpr double kTf32Steps = 5e-4;
+
+double tf32(double value) { return double(__builtin_bit_cast(float, cuda::to_tf32(float(value)))); }
+
 double largest = 0;  // distance from the reference, in tolerances
 
 template <class Result>
@@ -95,11 +118,11 @@ void compare(const Result& result, const Result& reference, double tolerance) {
 }
 
 template <class T>
-void run_drawn(CellKind cell, Method method, int index) {
+void run_drawn(CellKind cell, Method method, Math math, int index) {
   const uint32_t seed =
       uint32_t(index) * 64 + uint32_t(cell) * 16 + uint32_t(method) * 4 + uint32_t(sizeof(T));
   std::mt19937 random(seed);
-  const Drawn drawn = draw(cell, method, index, random);
+  const Drawn drawn = draw(cell, method, math, sizeof(T) == 2, index, random);
   const Sizes& s = drawn.sizes;
   const check::Scope scope("cell ", int(cell),
                            method == Method::kStepwise ? " stepwise" : " persistent", " draw ",
@@ -107,6 +130,8 @@ void run_drawn(CellKind cell, Method method, int index) {
                            s.batch_sizes.empty() ? "" : " packed");
   RandomLayer layer(cell, s);
   cuda::testing::round_layer<T>(layer);
+  if (math == Math::kTf32) layer.recurrent_operand = tf32;
+  const double tolerance = math == Math::kTf32 ? kTf32Steps : kTolerance<T>;
   const Reference reference(layer);
   Results first;
   for (int i = 0; i < 3; ++i) {
@@ -116,14 +141,14 @@ void run_drawn(CellKind cell, Method method, int index) {
     for (const host::Report& report : host::take_reports()) CHECK_EQ(report.text, "");
     if (i == 0) {
       first = results;
-      compare(first.outputs, reference.outputs, kTolerance<T>);
+      compare(first.outputs, reference.outputs, s.T == 1 ? kTolerance<T> : tolerance);
       // A pre-activation that rounds to the other side of relu's kink has another derivative: no
       // tolerance tells that from a mistake. tests/test_cuda_emulated.py judges these by torch's.
-      if (cell == CellKind::kRnnRelu && sizeof(T) == 2) continue;
+      if (cell == CellKind::kRnnRelu && (sizeof(T) == 2 || math == Math::kTf32)) continue;
       Gradients expected = reference.backward();
       for (Gradients::Direction& d : expected.directions)
         if (!s.bias) d.b_ih = d.b_hh = {};
-      compare(first.gradients, expected, kTolerance<T>);
+      compare(first.gradients, expected, tolerance);
     } else {
       check_same(results.outputs, first.outputs);
       check_same(results.gradients, first.gradients);
@@ -132,18 +157,19 @@ void run_drawn(CellKind cell, Method method, int index) {
 }
 
 template <class T>
-void run_all(Method method) {
+void run_all(Method method, Math math = Math::kOwn) {
   const char* const draws = std::getenv("RNN_EXT_DRAWS");
   largest = 0;
   for (int cell = 0; cell < kNumCellKinds; ++cell)
     for (int i = 0; i < (draws ? std::atoi(draws) : kDraws); ++i)
-      run_drawn<T>(CellKind(cell), method, i);
+      run_drawn<T>(CellKind(cell), method, math, i);
   std::printf("largest error: %.2f of what is tolerated\n", largest);
 }
 
 }  // namespace
 
 TEST(persistent_f32) { run_all<float>(Method::kPersistent); }
+TEST(persistent_tf32) { run_all<float>(Method::kPersistent, Math::kTf32); }
 TEST(persistent_f64) { run_all<double>(Method::kPersistent); }
 TEST(persistent_f16) { run_all<Float16>(Method::kPersistent); }
 TEST(persistent_bf16) { run_all<BFloat16>(Method::kPersistent); }
