@@ -122,6 +122,14 @@ struct DirectionGradients {
   T* c_0 = nullptr;   // (B, H)
 };
 
+// Where the gradients of the gates are to be left, rows in time order, for products other than
+// those of DirectionGradients. CPU only, in a call of one chunk.
+template <class T>
+struct GateGradients {
+  T* dgx = nullptr;  // (N, G*H): of the input side, null: not asked for
+  T* dgh = nullptr;  // (N, G*H): of the recurrent side, where the cell tells them apart
+};
+
 template <class T, class Saved = T>
 struct BackwardCall {
   SequenceShape shape;
@@ -137,6 +145,7 @@ struct BackwardCall {
   const T* dc_n[kMaxDirections] = {};         // (B, H), null means zeros
   const Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
   DirectionGradients<T> gradients[kMaxDirections];
+  GateGradients<T> gates[kMaxDirections];
 };
 
 }  // namespace rnn_ext

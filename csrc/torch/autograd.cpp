@@ -455,6 +455,7 @@ ForwardResult recurrent_autocast(const at::Tensor& input,
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {
   m.impl("recurrent", recurrent_autograd);
   m.impl("recurrent_backward", recurrent_backward_autograd);
+  m.impl("recurrent_backward_per_example", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) { m.impl("recurrent", recurrent_autocast); }
