@@ -192,6 +192,14 @@ struct DirectionGradients {
   T* norm_c_bias = nullptr;  // (H)
 };
 
+// Where the gradients of the gates are to be left, rows in time order, for products other than
+// those of DirectionGradients. CPU only, in a call of one chunk.
+template <class T>
+struct GateGradients {
+  T* dgx = nullptr;  // (N, G*H): of the input side, null: not asked for
+  T* dgh = nullptr;  // (N, G*H): of the recurrent side, where the cell tells them apart
+};
+
 template <class T, class Saved = T>
 struct BackwardCall {
   SequenceShape shape;
@@ -210,6 +218,7 @@ struct BackwardCall {
   Features<T> features;
   StepRows<const T> dcells;                        // (T, B, D*H), null data means zeros
   int64_t reserve_first_row[kMaxDirections] = {};  // as in forward
+  GateGradients<T> gates[kMaxDirections];
 };
 
 }  // namespace rnn_ext

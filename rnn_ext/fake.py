@@ -94,8 +94,37 @@ def _recurrent_backward(
     training: bool,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    like = [input, h_0, c_0, *params]
+    return _gradients([input, h_0, c_0, *params], output_mask)
+
+
+@torch.library.register_fake("rnn_ext::recurrent_backward_per_example")
+def _recurrent_backward_per_example(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    params: list[Tensor],
+    output: Tensor,
+    reserve: Tensor,
+    cell: int,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    output_mask: list[bool],
+    examples: int,
+) -> list[Tensor]:
+    own = [p.expand(examples, *p.shape) for p in params]
+    return _gradients([input, h_0, c_0, *own], output_mask)
+
+
+def _gradients(like: list[Tensor | None], output_mask: list[bool]) -> list[Tensor]:
     return [
-        input.new_empty(t.shape if asked and t is not None else (0,))
+        like[0].new_empty(t.shape if asked and t is not None else (0,))
         for t, asked in zip(like, output_mask, strict=True)
     ]

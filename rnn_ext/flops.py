@@ -25,14 +25,16 @@ def _forward(input: Shape, batch_sizes: Any, h_0: Any, c_0: Any, params: Any, *_
     return sum(_per_weight(input, params))
 
 
-@register_flop_formula(torch.ops.rnn_ext.recurrent_backward)
+@register_flop_formula(
+    [torch.ops.rnn_ext.recurrent_backward, torch.ops.rnn_ext.recurrent_backward_per_example]
+)
 def _backward(
     grad_output: Any, grad_h_n: Any, grad_c_n: Any, input: Shape, batch_sizes: Any, h_0: Any,
     c_0: Any, params: Any, output: Any, reserve: Any, cell: int, has_biases: bool, num_layers: int,
-    bidirectional: bool, *options: Any, **_: Any,
+    bidirectional: bool, batch_first: bool, dropout: float, training: bool, mask: Sequence[bool],
+    *_: Any, **__: Any,
 ):  # fmt: skip
     flops = _per_weight(input, params)
-    mask = options[-1]
     # By the rows: through every weight but W_ih of the first layer, where nobody may want dx.
     per_direction = len(params) // (num_layers * (2 if bidirectional else 1))
     first = [0, per_direction] if bidirectional else [0]

@@ -89,6 +89,35 @@ def test_two_compilations_for_twenty_shapes(name: str) -> None:
     assert counter.frame_count == 2
 
 
+class Affine(nn.Module):
+    """What torch.compile does to a model without recurrence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        return (self.head(torch.tanh(self.embed(tokens))),)
+
+
+@each_cell
+def test_with_dynamic_shapes_from_the_start_no_more_compilations_than_linear(name: str) -> None:
+    cls, options = CELLS[name]
+    shapes = [(3 + i % 7, 2 + (3 * i) % 11) for i in range(20)]
+    assert len(set(shapes)) == 20
+
+    def compilations(model: nn.Module) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = rnn_ext.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        for shape in shapes:
+            results_and_gradients(compiled, tokens(*shape))
+        return counter.frame_count
+
+    assert compilations(Tagger(cls, **options)) <= compilations(Affine())
+
+
 @pytest.mark.parametrize("name", CELL_CLASSES)
 def test_cells(name: str) -> None:
     cell = getattr(nn, name)(4, 6)
@@ -151,6 +180,30 @@ def test_compiled_autograd_of_an_eager_forward(name: str) -> None:
     expected = results_and_gradients(fused, tokens(5, 3))
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         torch.testing.assert_close(results_and_gradients(fused, tokens(5, 3)), expected)
+
+
+@each_cell
+def test_second_derivatives_under_compiled_autograd(name: str) -> None:
+    cls, options = CELLS[name]
+    module = rnn_ext.convert(cls(4, 6, **options).double())
+    input = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(1)).double()
+    input.requires_grad_()
+
+    def penalty() -> Tensor:
+        loss = module(input)[0].square().sum()
+        return torch.autograd.grad(loss, input, create_graph=True)[0].square().sum()
+
+    (expected,) = torch.autograd.grad(penalty(), input)
+    compiled = torch.compile(backend="aot_eager")
+    with torch._dynamo.compiled_autograd._enable(compiled):  # as a whole
+        penalty().backward()
+    torch.testing.assert_close(input.grad, expected)
+    of_eager = penalty()
+    with (
+        torch._dynamo.compiled_autograd._enable(compiled),
+        pytest.raises(NotImplementedError, match="leave it before the backward pass"),
+    ):
+        of_eager.backward()
 
 
 def test_weights_are_trained_through_the_compiled_model() -> None:

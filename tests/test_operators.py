@@ -14,6 +14,7 @@ from rnn_ext import functional as F
 
 recurrent = torch.ops.rnn_ext.recurrent.default
 recurrent_backward = torch.ops.rnn_ext.recurrent_backward.default
+recurrent_backward_per_example = torch.ops.rnn_ext.recurrent_backward_per_example.default
 
 CONFIGURATIONS = {
     "rnn": (nn.RNN, {}),
@@ -161,6 +162,45 @@ def test_opcheck_double_backward(name: str) -> None:
     leaves = with_grad((*grads, *call[:5]))
     # The step-by-step form that it is made of is one graph for each length.
     check_all(recurrent_backward, (*leaves, output, reserve, *call[5:12], mask), aot_dynamic=False)
+
+
+def per_example_call(name: str, packed: bool) -> tuple[object, ...]:
+    """The batch of three, each row an example of its own; packed, all of them of one length."""
+    call = list(arguments(name, packed=False, state=True))
+    if packed:
+        call[1] = torch.full((call[0].size(0),), 3)
+        call[0] = call[0].flatten(0, 1)
+    output, h_n, c_n, reserve = recurrent(*call, True)
+    lstm = c_n.numel() > 0
+    grads = (torch.ones_like(output), torch.ones_like(h_n), torch.ones_like(c_n) if lstm else None)
+    mask = [True, True, lstm] + [True] * len(call[4])
+    return (*grads, *call[:5], output, reserve, *call[5:12], mask)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["rnn", "relu", "gru", "lstm-stack-eval", "gru-bf16"])
+def test_opcheck_backward_per_example(name: str, packed: bool) -> None:
+    backward = list(per_example_call(name, packed))
+    backward[-3:-1] = [0.0, True]  # no dropout
+    check_all(recurrent_backward_per_example, (*backward, 3))
+    sums = recurrent_backward(*backward)
+    own = recurrent_backward_per_example(*backward, 3)
+    for i, (found, expected) in enumerate(zip(own, sums, strict=True)):
+        if i < 3:  # of input and states: rows of the batch in any case
+            assert torch.equal(found, expected)
+            continue
+        assert found.shape == (3, *expected.shape)
+        # bfloat16: three roundings and one are not the same.
+        bounds = {"rtol": 2e-2, "atol": 0.1} if name == "gru-bf16" else {}
+        torch.testing.assert_close(found.sum(0), expected, **bounds)
+
+
+def test_backward_per_example_of_uneven_rows_or_with_projection_is_an_error() -> None:
+    backward = per_example_call("gru", packed=False)
+    with pytest.raises(RuntimeError, match="as many rows of each example, got 2 examples"):
+        recurrent_backward_per_example(*backward, 2)
+    with pytest.raises(NotImplementedError, match="proj_size"):
+        recurrent_backward_per_example(*per_example_call("lstm-proj", packed=False), 3)
 
 
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm", "lstm-proj"])

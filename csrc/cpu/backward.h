@@ -107,11 +107,12 @@ struct BackwardPass {
       const DirectionGradients<T>& g = call.gradients[d];
       w.w_hh = take_elements(state_columns.size(gate_depth()));
       w.w_hr = take_elements(hidden_columns.size(elements<P>(shape.proj_size)), project);
+      const GateGradients<T>& gates = call.gates[d];
       for (int i = 0; i < 2; ++i) {
         const bool used = i == 0 || plan.chunk_steps < shape.steps;
-        w.dgx[i] = take(rows * gate_rows, used);
+        w.dgx[i] = gates.dgx ? gates.dgx : take(rows * gate_rows, used);
         w.dgx_operand[i] = take_operand(w.dgx[i], rows * gate_depth(), used);
-        w.dgh[i] = splits ? take(rows * gate_rows, used) : w.dgx[i];
+        w.dgh[i] = !splits ? w.dgx[i] : gates.dgh ? gates.dgh : take(rows * gate_rows, used);
         w.dgh_operand[i] =
             splits ? take_operand(w.dgh[i], rows * gate_depth(), used) : w.dgx_operand[i];
       }

@@ -209,12 +209,12 @@ struct RecurrentDoubleBackward final : SavingNode {
     for (const bool asked : mask) args.collect(asked);
     args.collect(grads, false);
   }
-  variable_list apply_with_saved(const variable_list& inputs,
-                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
-    saved.before(grads);
-    variable_list results = SavingNode::apply_with_saved(inputs, saved);
-    saved.after(grads);
-    return results;
+  // What is traced are stand-ins of no shape, and this derivative is a loop over the steps.
+  variable_list apply_with_saved(const variable_list&,
+                                 torch::dynamo::autograd::SwapSavedVariables&) override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "compiled autograd does not take second derivatives of rnn_ext's "
+                                "modules: leave it before the backward pass that needs them");
   }
 
   variable_list apply(variable_list&& grad_gradients) override {
@@ -455,6 +455,7 @@ ForwardResult recurrent_autocast(const at::Tensor& input,
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {
   m.impl("recurrent", recurrent_autograd);
   m.impl("recurrent_backward", recurrent_backward_autograd);
+  m.impl("recurrent_backward_per_example", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) { m.impl("recurrent", recurrent_autocast); }

@@ -111,7 +111,11 @@ class CpuBackend {
               run_on_torch_threads);
   }
 
-  void run(BackwardCall<T>& call) { run(call, plan(call)); }
+  void run(BackwardCall<T>& call) {
+    Plan p = plan(call);
+    if (call.gates[0].dgx) p.chunk_steps = call.shape.steps;
+    run(call, p);
+  }
 
   // One call by a plan that the caller knows.
   Plan plan(ForwardCall<T>& call) const {

@@ -90,8 +90,10 @@ inline at::Tensor kept_layer_output(const Problem& p, const at::Tensor& reserve,
       .narrow(0, 0, p.layer_output_size());
 }
 
+// With `into` the results are written there: tensors of their sizes and dtypes.
 template <class Backend>
-ForwardResult forward_layers(const Problem& p, const Inputs& inputs, bool save_reserve) {
+ForwardResult forward_layers(const Problem& p, const Inputs& inputs, bool save_reserve,
+                             const ForwardResult* into) {
   using T = typename Backend::Element;
   using Saved = typename Backend::Saved;
   const Options& o = p.options;
@@ -103,10 +105,14 @@ ForwardResult forward_layers(const Problem& p, const Inputs& inputs, bool save_r
   const int64_t slots = o.num_layers * o.directions(), R = p.shape.state_size();
   const int64_t H = p.shape.hidden_size, B = p.shape.batch;
 
-  at::Tensor output = Backend::empty(p.output_sizes(), plain);
-  at::Tensor h_n = Backend::empty({slots, B, R}, plain);
-  at::Tensor c_n = o.is_lstm() ? Backend::empty({slots, B, H}, plain) : Backend::empty({0}, plain);
-  at::Tensor reserve = Backend::empty({save_reserve ? p.reserve_size() : 0}, wide);
+  const bool in_place = into && dtype == element;
+  at::Tensor output = in_place ? std::get<0>(*into) : Backend::empty(p.output_sizes(), plain);
+  at::Tensor h_n = in_place ? std::get<1>(*into) : Backend::empty({slots, B, R}, plain);
+  at::Tensor c_n = in_place      ? std::get<2>(*into)
+                   : o.is_lstm() ? Backend::empty({slots, B, H}, plain)
+                                 : Backend::empty({0}, plain);
+  at::Tensor reserve =
+      into ? std::get<3>(*into) : Backend::empty({save_reserve ? p.reserve_size() : 0}, wide);
   if (B > 0) {
     // Outputs of the layers. In training they are part of the reserve (what dropout leaves of them
     // is not: backward derives it again), else only the last one outlives the call.
@@ -153,7 +159,11 @@ ForwardResult forward_layers(const Problem& p, const Inputs& inputs, bool save_r
     backend.finish();
   }
   if (dtype == element) return {output, h_n, c_n, reserve};
-  return {output.to(dtype), h_n.to(dtype), c_n.to(dtype), reserve};
+  if (!into) return {output.to(dtype), h_n.to(dtype), c_n.to(dtype), reserve};
+  std::get<0>(*into).copy_(output);
+  std::get<1>(*into).copy_(h_n);
+  std::get<2>(*into).copy_(c_n);
+  return *into;
 }
 
 // What of the gradients is asked for, by layer.
@@ -182,10 +192,25 @@ struct BackwardArguments {
                     const c10::List<bool>& output_mask);
 };
 
+// Gradients of a layer's parameters in one direction, of each example alone, from those of its
+// gates: row b of the batch is of example b % examples. To results[3 + i] for parameter i, if asked
+// for: (examples, ...). Not for layers with projection.
+struct LayerValues {
+  at::Tensor dgx, dgh;            // (T, B, G*H); the same unless the cell tells them apart
+  at::Tensor x, y;                // (T, B, I), (T, B, H): of this direction
+  std::optional<at::Tensor> h_0;  // (B, H)
+};  // packed (N, ...) instead of (T, B, ...)
+void parameter_gradients_per_example(const Problem& p, const LayerValues& values, int direction,
+                                     const ParamIndex& index, int64_t examples,
+                                     const Wanted& wanted, std::vector<at::Tensor>& results);
+
+// With `into` the results are written there: tensors of their sizes and dtypes, empty where a
+// result is not there. With `examples`, gradients of parameters are those of each example alone.
 template <class Backend>
 std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
                                         const at::Tensor& output_, const at::Tensor& reserve,
-                                        const BackwardArguments& arguments) {
+                                        const BackwardArguments& arguments,
+                                        const std::vector<at::Tensor>* into, int64_t examples = 0) {
   using T = typename Backend::Element;
   using Saved = typename Backend::Saved;
   const Options& o = p.options;
@@ -204,10 +229,12 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
   // Results in the order input, h_0, c_0, parameters; empty where not asked for.
   std::vector<at::Tensor> results;
   results.reserve(3 + in.params.size());
+  const bool in_place = into && dtype == element;
   const auto result = [&](bool asked, at::IntArrayRef sizes) {
-    results.push_back(Backend::empty(asked ? sizes : at::IntArrayRef{0}, plain));
+    results.push_back(in_place ? (*into)[results.size()]
+                               : Backend::empty(asked ? sizes : at::IntArrayRef{0}, plain));
     if (B == 0) results.back().zero_();
-    return asked ? mutable_data<T>(results.back()) : nullptr;
+    return asked && results.back().numel() > 0 ? mutable_data<T>(results.back()) : nullptr;
   };
   T* dx = result(wanted.state[0], inputs.input.sizes());
   if (dx && p.packed && inputs.input.size(0) > p.shape.rows())  // rows that no step reads
@@ -215,8 +242,12 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
   T* dh_0 = result(wanted.state[1], {slots, B, R});
   T* dc_0 = result(wanted.state[2] && o.is_lstm(), {slots, B, H});
   std::vector<T*> dparams;
-  for (size_t i = 0; i < in.params.size(); ++i)
-    dparams.push_back(result(wanted.params[i], in.params[i].sizes()));
+  for (size_t i = 0; i < in.params.size(); ++i) {
+    std::vector<int64_t> sizes = in.params[i].sizes().vec();
+    if (examples > 0) sizes.insert(sizes.begin(), examples);
+    T* const data = result(wanted.params[i], sizes);
+    dparams.push_back(examples > 0 ? nullptr : data);
+  }
 
   const Saved* saved = const_data<Saved>(reserve);
   const auto kept = [&](int64_t layer) {
@@ -280,15 +311,45 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
                            dh_0 ? dh_0 + slot * B * R : nullptr,
                            dc_0 ? dc_0 + slot * B * H : nullptr};
     }
+    std::vector<LayerValues> values(examples > 0 && here ? size_t(o.directions()) : 0);
+    const auto sizes = [&](int64_t width) {
+      return p.packed ? std::vector<int64_t>{p.shape.rows(), width}
+                      : std::vector<int64_t>{p.shape.steps, B, width};
+    };
+    for (size_t d = 0; d < values.size(); ++d) {
+      LayerValues& v = values[d];
+      v.dgx = v.dgh = Backend::empty(sizes(num_gates(o.cell) * H), plain);
+      if (o.cell == CellKind::kGru) v.dgh = Backend::empty(v.dgx.sizes(), plain);
+      call.gates[d] = {mutable_data<T>(v.dgx), mutable_data<T>(v.dgh)};
+    }
     backend.run(call);
+    for (int d = 0; d < int(values.size()); ++d) {
+      LayerValues& v = values[size_t(d)];
+      const auto in_time_order = [&](const at::Tensor& t) {
+        const at::Tensor rows = p.packed ? t.narrow(0, 0, p.shape.rows()) : t;
+        return !p.packed && o.batch_first ? rows.transpose(0, 1) : rows;
+      };
+      const auto from_reserve = [&](int64_t of_layer) {
+        return kept_layer_output(p, reserve, of_layer, element).view(sizes(p.output_width()));
+      };
+      v.x = layer == 0 ? in_time_order(in.input) : from_reserve(layer - 1);
+      v.y = (last ? in_time_order(output) : from_reserve(layer)).narrow(-1, d * H, H);
+      if (in.h_0) v.h_0 = in.h_0->select(0, layer * o.directions() + d);
+      parameter_gradients_per_example(p, v, d, p.param(layer, d), examples, wanted, results);
+    }
     if (layer > 0 && below) {
       if (o.drops()) to_below.mul_(mask(layer - 1));
       from_above = to_below;
     }
   }
-  if (dtype != element)
+  if (dtype == element) return results;
+  if (!into) {
     for (at::Tensor& t : results) t = t.to(dtype);
-  return results;
+    return results;
+  }
+  for (size_t i = 0; i < results.size(); ++i)
+    if ((*into)[i].numel() > 0) (*into)[i].copy_(results[i]);
+  return *into;
 }
 
 }  // namespace rnn_ext

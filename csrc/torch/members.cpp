@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
 
+#include "memory.h"
 #include "ops.h"
 
 namespace rnn_ext {
@@ -45,6 +46,11 @@ std::vector<int64_t> with_front(int64_t count, at::IntArrayRef sizes) {
   return all;
 }
 
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return options.device().is_cpu() ? pooled_empty(sizes, c10::typeMetaToScalarType(options.dtype()))
+                                   : at::empty(sizes, options);
+}
+
 std::optional<at::Tensor> entry(const std::optional<at::Tensor>& t, int64_t m) {
   return t ? std::optional<at::Tensor>(t->select(0, m)) : std::nullopt;
 }
@@ -57,36 +63,31 @@ SingleModel::SingleModel(const Inputs& all, int64_t index) {
             entry(all.c_0, index), params};
 }
 
-ForwardResult members_forward(const Inputs& inputs, const Options& options, bool save_reserve) {
+ForwardResult members_forward(const Inputs& inputs, const Options& options, bool save_reserve,
+                              const MemberForward& run) {
   const int64_t count = count_members(inputs, options);
   const SingleModel first(inputs, 0);
   const Problem p(first.inputs, options);
   const int64_t slots = options.num_layers * options.directions();
   const at::TensorOptions like = inputs.input.options();
-  const auto empty = [&](at::IntArrayRef sizes) {
-    return at::empty(with_front(count, sizes), like);
-  };
-  const at::Tensor output = empty(p.output_sizes());
-  const at::Tensor h_n = empty({slots, p.shape.batch, p.shape.state_size()});
+  const auto of_all = [&](at::IntArrayRef sizes) { return empty(with_front(count, sizes), like); };
+  const at::Tensor output = of_all(p.output_sizes());
+  const at::Tensor h_n = of_all({slots, p.shape.batch, p.shape.state_size()});
   const at::Tensor c_n =
-      options.is_lstm() ? empty({slots, p.shape.batch, p.shape.hidden_size}) : empty({0});
-  const at::Tensor reserve = at::empty({count, save_reserve ? p.reserve_size() : 0},
-                                       like.dtype(at::toOpMathType(inputs.input.scalar_type())));
+      options.is_lstm() ? of_all({slots, p.shape.batch, p.shape.hidden_size}) : of_all({0});
+  const at::Tensor reserve = empty({count, save_reserve ? p.reserve_size() : 0},
+                                   like.dtype(at::toOpMathType(inputs.input.scalar_type())));
   for_each_member(inputs, count, [&](int64_t m) {
-    const SingleModel member(inputs, m);
-    const auto [y, h, c, kept] = call_recurrent(member.inputs, options, save_reserve);
-    output.select(0, m).copy_(y);
-    h_n.select(0, m).copy_(h);
-    c_n.select(0, m).copy_(c);
-    reserve.select(0, m).copy_(kept);
+    run(SingleModel(inputs, m).inputs,
+        {output.select(0, m), h_n.select(0, m), c_n.select(0, m), reserve.select(0, m)});
   });
   return {output, h_n, c_n, reserve};
 }
 
-std::vector<at::Tensor> members_backward(const std::array<std::optional<at::Tensor>, 3>& grads,
-                                         const Inputs& inputs, const at::Tensor& output,
-                                         const at::Tensor& reserve, const Options& options,
-                                         const c10::List<bool>& output_mask) {
+std::vector<at::Tensor> members_backward(const Gradients& grads, const Inputs& inputs,
+                                         const at::Tensor& output, const at::Tensor& reserve,
+                                         const Options& options, const c10::List<bool>& output_mask,
+                                         const MemberBackward& run) {
   TORCH_CHECK(output_mask.size() == 3 + inputs.params.size(), "output_mask must have ",
               3 + inputs.params.size(), " entries, got ", output_mask.size());
   const int64_t count = count_members(inputs, options);
@@ -98,27 +99,22 @@ std::vector<at::Tensor> members_backward(const std::array<std::optional<at::Tens
   for (const auto& t : grads) check(t.value_or(at::Tensor()));
   check(output);
   check(reserve);
-  const std::array<bool, 3> state_mask = {output_mask[0], output_mask[1], output_mask[2]};
-  const std::vector<bool> param_mask(output_mask.begin() + 3, output_mask.end());
-  const auto empty = [&](bool asked, const std::optional<at::Tensor>& like) {
-    return asked && like ? at::empty(like->sizes(), like->options())
-                         : at::empty({0}, inputs.input.options());
+  std::vector<at::Tensor> results;
+  const auto add = [&](const std::optional<at::Tensor>& like) {
+    const bool asked = output_mask[results.size()] && like;
+    results.push_back(empty(asked ? like->sizes() : at::IntArrayRef{0}, inputs.input.options()));
   };
-  std::vector<at::Tensor> results = {empty(state_mask[0], inputs.input),
-                                     empty(state_mask[1], inputs.h_0),
-                                     empty(state_mask[2], inputs.c_0)};
-  for (size_t i = 0; i < inputs.params.size(); ++i)
-    results.push_back(empty(param_mask[i], inputs.params[i]));
+  add(inputs.input);
+  add(inputs.h_0);
+  add(inputs.c_0);
+  for (const at::Tensor& p : inputs.params) add(p);
   for_each_member(inputs, count, [&](int64_t m) {
-    const SingleModel member(inputs, m);
-    std::array<at::Tensor, 3> own;
+    Gradients own;
     for (size_t i = 0; i < 3; ++i)
       if (grads[i] && grads[i]->defined()) own[i] = grads[i]->select(0, m);
-    const std::vector<at::Tensor> found =
-        call_recurrent_backward(own, member.inputs, output.select(0, m), reserve.select(0, m),
-                                options, state_mask, param_mask);
-    for (size_t i = 0; i < found.size(); ++i)
-      if (results[i].numel() > 0) results[i].select(0, m).copy_(found[i]);
+    std::vector<at::Tensor> into;
+    for (const at::Tensor& t : results) into.push_back(t.numel() > 0 ? t.select(0, m) : t);
+    run(own, SingleModel(inputs, m).inputs, output.select(0, m), reserve.select(0, m), into);
   });
   return results;
 }

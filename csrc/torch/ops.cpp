@@ -32,11 +32,28 @@ ForwardResult recurrent_cpu(const at::Tensor& input, const std::optional<at::Ten
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
   const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
                         batch_first,    dropout,    training};
-  if (has_members(inputs)) return members_forward(inputs, options, save_reserve);
+  const auto run = [&](const Inputs& one, const ForwardResult* into) {
+    const Problem problem(one, options);
+    if (at::toOpMathType(one.input.scalar_type()) == at::kDouble)
+      return forward_layers<CpuBackend<double>>(problem, one, save_reserve, into);
+    return forward_layers<CpuBackend<float>>(problem, one, save_reserve, into);
+  };
+  if (!has_members(inputs)) return run(inputs, nullptr);
+  return members_forward(inputs, options, save_reserve,
+                         [&](const Inputs& one, const ForwardResult& into) { run(one, &into); });
+}
+
+std::vector<at::Tensor> backward_cpu(const Gradients& grads, const Inputs& inputs,
+                                     const at::Tensor& output, const at::Tensor& reserve,
+                                     const Options& options, const c10::List<bool>& output_mask,
+                                     const std::vector<at::Tensor>* into, int64_t examples) {
   const Problem problem(inputs, options);
-  if (at::toOpMathType(input.scalar_type()) == at::kDouble)
-    return forward_layers<CpuBackend<double>>(problem, inputs, save_reserve);
-  return forward_layers<CpuBackend<float>>(problem, inputs, save_reserve);
+  const BackwardArguments arguments(problem, inputs, output, reserve, grads, output_mask);
+  if (at::toOpMathType(inputs.input.scalar_type()) == at::kDouble)
+    return backward_layers<CpuBackend<double>>(problem, inputs, output, reserve, arguments, into,
+                                               examples);
+  return backward_layers<CpuBackend<float>>(problem, inputs, output, reserve, arguments, into,
+                                            examples);
 }
 
 std::vector<at::Tensor> recurrent_backward_cpu(
@@ -50,15 +67,39 @@ std::vector<at::Tensor> recurrent_backward_cpu(
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
   const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
                         batch_first,    dropout,    training};
-  if (has_members(inputs))
-    return members_backward({grad_output, grad_h_n, grad_c_n}, inputs, output, reserve, options,
-                            output_mask);
+  const Gradients grads = {grad_output, grad_h_n, grad_c_n};
+  if (!has_members(inputs))
+    return backward_cpu(grads, inputs, output, reserve, options, output_mask, nullptr, 0);
+  return members_backward(grads, inputs, output, reserve, options, output_mask,
+                          [&](const Gradients& own, const Inputs& one, const at::Tensor& y,
+                              const at::Tensor& kept, const std::vector<at::Tensor>& into) {
+                            backward_cpu(own, one, y, kept, options, output_mask, &into, 0);
+                          });
+}
+
+std::vector<at::Tensor> recurrent_backward_per_example_cpu(
+    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
+    const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
+    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
+    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output,
+    const at::Tensor& reserve, int64_t cell, bool has_biases, int64_t num_layers,
+    bool bidirectional, bool batch_first, double dropout, bool training,
+    c10::List<bool> output_mask, int64_t examples) {
+  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
+  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
+                        batch_first,    dropout,    training};
+  TORCH_CHECK_NOT_IMPLEMENTED(!options.drops() && !has_members(inputs),
+                              "gradients per example with dropout, or of several models");
   const Problem problem(inputs, options);
-  const BackwardArguments arguments(problem, inputs, output, reserve,
-                                    {grad_output, grad_h_n, grad_c_n}, output_mask);
-  if (at::toOpMathType(input.scalar_type()) == at::kDouble)
-    return backward_layers<CpuBackend<double>>(problem, inputs, output, reserve, arguments);
-  return backward_layers<CpuBackend<float>>(problem, inputs, output, reserve, arguments);
+  const SequenceShape& s = problem.shape;
+  TORCH_CHECK_NOT_IMPLEMENTED(s.proj_size == 0, "gradients per example with proj_size");
+  bool even = examples > 0 && s.batch % examples == 0;
+  for (int64_t t = 0; even && problem.packed && t < s.steps; ++t)
+    even = s.active(t) % examples == 0;
+  TORCH_CHECK(even, "every step must have as many rows of each example, got ", examples,
+              " examples for a batch of ", s.batch);
+  return backward_cpu({grad_output, grad_h_n, grad_c_n}, inputs, output, reserve, options,
+                      output_mask, nullptr, examples);
 }
 
 }  // namespace
@@ -123,6 +164,12 @@ ForwardResult call_recurrent(const Inputs& in, const Options& o, bool save_reser
                  o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training, save_reserve);
 }
 
+namespace {
+std::optional<at::Tensor> if_defined(const at::Tensor& t) {
+  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+}  // namespace
+
 std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>& grads,
                                                 const Inputs& in, const at::Tensor& output,
                                                 const at::Tensor& reserve, const Options& o,
@@ -135,13 +182,24 @@ std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>&
   mask.reserve(3 + param_mask.size());
   for (bool m : state_mask) mask.push_back(m);
   for (bool m : param_mask) mask.push_back(m);
-  const auto optional = [](const at::Tensor& t) {
-    return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
-  };
-  return op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), in.input,
+  return op.call(if_defined(grads[0]), if_defined(grads[1]), if_defined(grads[2]), in.input,
                  in.batch_sizes, in.h_0, in.c_0, in.params, output, reserve, int64_t(o.cell),
                  o.has_biases, o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training,
                  mask);
+}
+
+std::vector<at::Tensor> call_recurrent_backward_per_example(
+    const std::array<at::Tensor, 3>& grads, const Inputs& in, const at::Tensor& output,
+    const at::Tensor& reserve, const Options& o, const std::vector<bool>& mask, int64_t examples) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rnn_ext::recurrent_backward_per_example", "")
+                             .typed<decltype(recurrent_backward_per_example_cpu)>();
+  c10::List<bool> list;
+  for (bool m : mask) list.push_back(m);
+  return op.call(if_defined(grads[0]), if_defined(grads[1]), if_defined(grads[2]), in.input,
+                 in.batch_sizes, in.h_0, in.c_0, in.params, output, reserve, int64_t(o.cell),
+                 o.has_biases, o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training,
+                 list, examples);
 }
 
 TORCH_LIBRARY(rnn_ext, m) {
@@ -161,11 +219,20 @@ TORCH_LIBRARY(rnn_ext, m) {
       "Tensor? batch_sizes, Tensor? h_0, Tensor? c_0, Tensor[] params, Tensor output, "
       "Tensor reserve, int cell, bool has_biases, int num_layers, bool bidirectional, "
       "bool batch_first, float dropout, bool training, bool[] output_mask) -> Tensor[]");
+  // For the batching rule of torch.func.vmap: the same with the gradients of the parameters of each
+  // example alone, (examples, ...); row b of the batch belongs to example b % examples.
+  m.def(
+      "recurrent_backward_per_example(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+      "Tensor input, Tensor? batch_sizes, Tensor? h_0, Tensor? c_0, Tensor[] params, "
+      "Tensor output, Tensor reserve, int cell, bool has_biases, int num_layers, "
+      "bool bidirectional, bool batch_first, float dropout, bool training, bool[] output_mask, "
+      "int examples) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) {
   m.impl("recurrent", recurrent_cpu);
   m.impl("recurrent_backward", recurrent_backward_cpu);
+  m.impl("recurrent_backward_per_example", recurrent_backward_per_example_cpu);
 }
 
 }  // namespace rnn_ext

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <functional>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -85,6 +86,12 @@ std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>&
                                                 const at::Tensor& reserve, const Options& options,
                                                 const std::array<bool, 3>& state_mask,
                                                 const std::vector<bool>& param_mask);
+// Where no operand is mapped or tracked: gradients of the parameters (examples, ...), of each
+// example alone; row b of the batch is of example b % examples. CPU only.
+std::vector<at::Tensor> call_recurrent_backward_per_example(
+    const std::array<at::Tensor, 3>& grads, const Inputs& inputs, const at::Tensor& output,
+    const at::Tensor& reserve, const Options& options, const std::vector<bool>& mask,
+    int64_t examples);
 
 // The same call written in differentiable ATen operations, step by step: what double backward and
 // forward-mode differentiation are made of. `masks` are the dropout masks, one per layer but the
@@ -106,11 +113,18 @@ struct SingleModel {
   SingleModel(const Inputs& all, int64_t index);
   SingleModel(const SingleModel&) = delete;  // inputs points into params
 };
-ForwardResult members_forward(const Inputs& inputs, const Options& options, bool save_reserve);
-std::vector<at::Tensor> members_backward(const std::array<std::optional<at::Tensor>, 3>& grads,
-                                         const Inputs& inputs, const at::Tensor& output,
-                                         const at::Tensor& reserve, const Options& options,
-                                         const c10::List<bool>& output_mask);
+// `run` computes one of them into the given tensors.
+using Gradients = std::array<std::optional<at::Tensor>, 3>;  // of output, h_n, c_n
+using MemberForward = std::function<void(const Inputs&, const ForwardResult& into)>;
+using MemberBackward =
+    std::function<void(const Gradients&, const Inputs&, const at::Tensor& output,
+                       const at::Tensor& reserve, const std::vector<at::Tensor>& into)>;
+ForwardResult members_forward(const Inputs& inputs, const Options& options, bool save_reserve,
+                              const MemberForward& run);
+std::vector<at::Tensor> members_backward(const Gradients& grads, const Inputs& inputs,
+                                         const at::Tensor& output, const at::Tensor& reserve,
+                                         const Options& options, const c10::List<bool>& output_mask,
+                                         const MemberBackward& run);
 // How many threads a call made here and now may start: one in a parallel region or a forked child.
 int offered_threads();
 

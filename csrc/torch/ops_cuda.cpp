@@ -153,11 +153,15 @@ ForwardResult recurrent_cuda(const at::Tensor& input, const std::optional<at::Te
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
   const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
                         batch_first,    dropout,    training};
-  if (has_members(inputs)) return members_forward(inputs, options, save_reserve);
-  const Problem problem(inputs, options);
-  return with_type(input.scalar_type(), [&](auto type) {
-    return forward_layers<CudaBackend<decltype(type)>>(problem, inputs, save_reserve);
-  });
+  const auto run = [&](const Inputs& one, const ForwardResult* into) {
+    const Problem problem(one, options);
+    return with_type(one.input.scalar_type(), [&](auto type) {
+      return forward_layers<CudaBackend<decltype(type)>>(problem, one, save_reserve, into);
+    });
+  };
+  if (!has_members(inputs)) return run(inputs, nullptr);
+  return members_forward(inputs, options, save_reserve,
+                         [&](const Inputs& one, const ForwardResult& into) { run(one, &into); });
 }
 
 std::vector<at::Tensor> recurrent_backward_cuda(
@@ -172,16 +176,20 @@ std::vector<at::Tensor> recurrent_backward_cuda(
   const Inputs inputs{input, batch_sizes, h_0, c_0, params};
   const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
                         batch_first,    dropout,    training};
-  if (has_members(inputs))
-    return members_backward({grad_output, grad_h_n, grad_c_n}, inputs, output, reserve, options,
-                            output_mask);
-  const Problem problem(inputs, options);
-  const BackwardArguments arguments(problem, inputs, output, reserve,
-                                    {grad_output, grad_h_n, grad_c_n}, output_mask);
-  return with_type(input.scalar_type(), [&](auto type) {
-    return backward_layers<CudaBackend<decltype(type)>>(problem, inputs, output, reserve,
-                                                        arguments);
-  });
+  const auto run = [&](const Gradients& grads, const Inputs& one, const at::Tensor& y,
+                       const at::Tensor& kept, const std::vector<at::Tensor>* into) {
+    const Problem problem(one, options);
+    const BackwardArguments arguments(problem, one, y, kept, grads, output_mask);
+    return with_type(one.input.scalar_type(), [&](auto type) {
+      return backward_layers<CudaBackend<decltype(type)>>(problem, one, y, kept, arguments, into);
+    });
+  };
+  const Gradients grads = {grad_output, grad_h_n, grad_c_n};
+  if (!has_members(inputs)) return run(grads, inputs, output, reserve, nullptr);
+  return members_backward(
+      grads, inputs, output, reserve, options, output_mask,
+      [&](const Gradients& own, const Inputs& one, const at::Tensor& y, const at::Tensor& kept,
+          const std::vector<at::Tensor>& into) { run(own, one, y, kept, &into); });
 }
 
 }  // namespace

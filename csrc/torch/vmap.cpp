@@ -4,11 +4,9 @@
 // weight) become one call of several models, as do gradients that are mapped alone. Gradients of
 // weights per example are made of the gate gradients of one call for all examples.
 #include <ATen/ATen.h>
-#include <ATen/OpMathType.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/library.h>
 
-#include "layers.h"
 #include "ops.h"
 
 namespace rnn_ext {
@@ -192,135 +190,6 @@ bool requires_grad_below(const at::Tensor& t) {
   return t.requires_grad() || t._fw_grad(/*level=*/0).defined();
 }
 
-// Rows in time order, (N, width).
-at::Tensor as_rows(const at::Tensor& t, const Options& options, bool packed) {
-  if (packed) return t;
-  return (options.batch_first ? t.transpose(0, 1) : t).flatten(0, 1);
-}
-
-// For every row, which row of [h_0; output] holds h_{t-1}: one of h_0 where a sequence begins.
-at::Tensor previous_rows(const SequenceShape& s, int direction) {
-  std::vector<int64_t> index;
-  index.reserve(size_t(s.rows()));
-  for (int64_t t = 0; t < s.steps; ++t) {
-    const int64_t before = direction == 0 ? t - 1 : t + 1;
-    for (int64_t b = 0; b < s.active(t); ++b) {
-      const bool begins = before < 0 || before >= s.steps || b >= s.active(before);
-      index.push_back(begins ? b : s.batch + s.first_row(before) + b);
-    }
-  }
-  return at::tensor(index, at::kLong);
-}
-
-// Gradients of one model for every example alone: (M, ...) for each parameter, rows of the batch
-// for input and states.
-//
-// The engine sums weight gradients over the batch, so they are made here, from the gradients of the
-// gates: those are what the input of a layer gets as its gradient if its W_ih is the identity.
-std::vector<at::Tensor> gradients_per_example(const std::array<at::Tensor, 3>& grads,
-                                              const Inputs& in, const at::Tensor& output,
-                                              const at::Tensor& reserve, const Options& options,
-                                              const std::vector<bool>& wanted, int64_t examples) {
-  const Problem p(in, options);
-  const SequenceShape& s = p.shape;
-  const int64_t H = s.hidden_size, D = s.directions, gates = num_gates(s.cell) * H;
-  const at::ScalarType dtype = in.input.scalar_type(), wide = at::toOpMathType(dtype);
-  const at::TensorOptions like = in.input.options().dtype(wide);
-  const auto rows = [&](const at::Tensor& t) {
-    return as_rows(t.to(wide), options, p.packed).contiguous();
-  };
-  // Dense rows as the input of a call: (T, B, width), packed (N, width).
-  const auto steps = [&](const at::Tensor& t) {
-    return p.packed ? t : t.unflatten(0, {s.steps, s.batch});
-  };
-  const auto per_example = [&](const at::Tensor& t) {
-    return t.unflatten(0, {s.rows() / examples, examples});
-  };
-  std::vector<at::Tensor> results(wanted.size());
-  std::vector<at::Tensor> dh_0(size_t(options.num_layers)), dc_0(size_t(options.num_layers));
-
-  at::Tensor dy = grads[0].defined() ? rows(grads[0]) : at::Tensor();  // of the layer's output
-  for (int64_t layer = options.num_layers - 1; layer >= 0; --layer) {
-    const bool last = layer == options.num_layers - 1;
-    const auto kept = [&](int64_t of_layer) {
-      return kept_layer_output(p, reserve, of_layer, in.input.is_cpu() ? wide : dtype)
-          .view({s.rows(), p.output_width()})
-          .to(wide);
-    };
-    const at::Tensor x = layer == 0 ? rows(in.input) : kept(layer - 1);
-    const at::Tensor y = last ? rows(output) : kept(layer);
-    const auto own = [&](const std::optional<at::Tensor>& t) {
-      return t && t->defined() ? optional(t->narrow(0, layer * D, D).to(wide)) : std::nullopt;
-    };
-    const std::optional<at::Tensor> h_0 = own(in.h_0), c_0 = own(in.c_0);
-
-    std::vector<at::Tensor> gate_params;
-    for (int d = 0; d < D; ++d) {
-      const ParamIndex i = p.param(layer, d);
-      gate_params.push_back(at::zeros({gates, D * gates}, like));
-      gate_params.back().narrow(1, d * gates, gates).copy_(at::eye(gates, like));
-      gate_params.push_back(in.params[size_t(i.w_hh)].to(wide));
-      if (i.b_ih >= 0)
-        for (const int64_t b : {i.b_ih, i.b_hh})
-          gate_params.push_back(in.params[size_t(b)].to(wide));
-    }
-    Options one = options;
-    one.num_layers = 1;
-    one.batch_first = false;
-    // Only its shape counts: no gradient asked for below is made of it.
-    const at::Tensor any = at::empty({1, D * gates}, like).expand({s.rows(), D * gates});
-    const int64_t saved = p.saved_offset(layer + 1, 0) - p.saved_offset(layer, 0);
-    const at::Tensor own_reserve = reserve.narrow(0, p.saved_offset(layer, 0), saved);
-    std::vector<at::Tensor> found = call_recurrent_backward(
-        {dy.defined() ? steps(dy) : dy, own(grads[1]).value_or(at::Tensor()),
-         own(grads[2]).value_or(at::Tensor())},
-        {steps(any), in.batch_sizes, h_0, c_0, gate_params}, steps(y), own_reserve, one,
-        {true, wanted[1], wanted[2]}, std::vector<bool>(gate_params.size(), false));
-    const at::Tensor dgates = as_rows(found[0], one, p.packed);  // (N, D*G*H)
-    dh_0[size_t(layer)] = found[1];
-    dc_0[size_t(layer)] = found[2];
-
-    dy = at::Tensor();
-    const bool below = layer > 0 || wanted[0];
-    for (int d = 0; d < D; ++d) {
-      const ParamIndex i = p.param(layer, d);
-      const at::Tensor dgx = dgates.narrow(1, d * gates, gates);
-      at::Tensor dgh = dgx;
-      if (s.cell == CellKind::kGru) {  // the recurrent side of n is behind the reset gate
-        const at::Tensor r =
-            own_reserve.view({D, s.rows(), num_saved(s.cell), padded(H)})[d].select(1, 0).narrow(
-                1, 0, H);
-        dgh = at::cat({dgx.narrow(1, 0, 2 * H), dgx.narrow(1, 2 * H, H) * r}, 1);
-      }
-      const auto give = [&](int64_t index, const auto& gradient) {
-        if (index >= 0 && wanted[size_t(3 + index)]) results[size_t(3 + index)] = gradient();
-      };
-      const auto product = [&](const at::Tensor& dg, const at::Tensor& by) {
-        return at::bmm(per_example(dg).permute({1, 2, 0}), per_example(by).transpose(0, 1));
-      };
-      give(i.w_ih, [&] { return product(dgx, x); });
-      give(i.w_hh, [&] {
-        const at::Tensor start = h_0 ? (*h_0)[d] : at::zeros({s.batch, H}, like);
-        const at::Tensor all = at::cat({start, y.narrow(1, d * H, H)});
-        return product(dgh, all.index_select(0, previous_rows(s, d).to(all.device())));
-      });
-      give(i.b_ih, [&] { return per_example(dgx).sum(0); });
-      give(i.b_hh, [&] { return per_example(dgh).sum(0); });
-      if (!below) continue;
-      const at::Tensor dx = at::mm(dgx, in.params[size_t(i.w_ih)].to(wide));
-      dy = dy.defined() ? dy + dx : dx;
-    }
-  }
-  if (wanted[0]) {
-    results[0] = steps(dy);
-    if (!p.packed && options.batch_first) results[0] = results[0].transpose(0, 1);
-  }
-  if (wanted[1] && in.h_0) results[1] = at::cat(dh_0);
-  if (wanted[2] && in.c_0) results[2] = at::cat(dc_0);
-  for (at::Tensor& t : results) t = t.defined() ? t.to(dtype) : at::empty({0}, like.dtype(dtype));
-  return results;
-}
-
 std::vector<at::Tensor> recurrent_backward_vmap(
     const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
     const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
@@ -349,19 +218,21 @@ std::vector<at::Tensor> recurrent_backward_vmap(
   if (forward_mapped && !call.params_mapped()) {
     const bool of_params =
         std::find(param_mask.begin(), param_mask.end(), true) != param_mask.end();
+    std::vector<at::Tensor> values = {call.input.value, call.h_0.value, call.c_0.value,
+                                      output.value, reserve.value};
+    for (const Operand& p : call.params) values.push_back(p.value);
+    for (const Operand& g : grads) values.push_back(g.value);
+    const auto any = [&](const auto& is) { return std::any_of(values.begin(), values.end(), is); };
     const auto differentiable = [&] {
-      if (!at::GradMode::is_enabled()) return false;
-      bool any = requires_grad_below(call.input.value) || requires_grad_below(call.h_0.value) ||
-                 requires_grad_below(call.c_0.value);
-      for (const Operand& p : call.params) any = any || requires_grad_below(p.value);
-      for (const Operand& g : grads) any = any || requires_grad_below(g.value);
-      return any;
+      return at::GradMode::is_enabled() && any(requires_grad_below);
+    };
+    const auto mapped_again = [&] {
+      return any([](const at::Tensor& t) { return t.defined() && maybeGetBatchedImpl(t); });
     };
     const int64_t plain = (has_biases ? 4 : 2) * num_layers * options.directions();
     const bool projected = int64_t(params.size()) != plain;
-    const bool empty = call.input.value.numel() == 0;
-    const bool opaque = maybeGetBatchedImpl(reserve.value) != nullptr;  // split at another level
-    if (!of_params || (call.lead == 0 && !projected && !empty && !opaque && !differentiable())) {
+    const bool one_model = call.lead == 0 && !projected && call.input.value.is_cpu();
+    if (!of_params || (one_model && !mapped_again() && !differentiable())) {
       const Folded folded(call);
       const std::array<at::Tensor, 3> rows = {fold(grads[0], call.row_dim(), call.size),
                                               fold(grads[1], call.state_row_dim(), call.size),
@@ -369,7 +240,8 @@ std::vector<at::Tensor> recurrent_backward_vmap(
       const at::Tensor y = fold(output, call.row_dim(), call.size);
       const at::Tensor kept = fold_reserve(reserve, call);
       std::vector<at::Tensor> results =
-          of_params ? gradients_per_example(rows, folded.inputs, y, kept, options, mask, call.size)
+          of_params ? call_recurrent_backward_per_example(rows, folded.inputs, y, kept, options,
+                                                          mask, call.size)
                     : call_recurrent_backward(rows, folded.inputs, y, kept, options, state_mask,
                                               param_mask);
       for (size_t i = 0; i < results.size(); ++i) {
