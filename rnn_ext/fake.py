@@ -95,3 +95,8 @@ def _recurrent_backward(
         input.new_empty(t.shape if asked and t is not None else (0,))
         for t, asked in zip(like, output_mask, strict=True)
     ]
+
+
+@torch.library.register_fake("rnn_ext::random_mask")
+def _random_mask(seed: Tensor, size: list[int], p: float, dtype: torch.dtype) -> Tensor:
+    return seed.new_empty(size, dtype=dtype)

@@ -1,0 +1,903 @@
+"""What the modules do beyond torch.nn's: lengths, resets, all states, truncation, masks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
+
+import rnn_ext
+import torch_layer
+from helpers import Config, flatten, threads
+from references import features as reference
+from references import philox
+from references.stack import join_flat_weights, split_flat_weights
+from rnn_ext import features
+
+STEPS, BATCH, INPUT, HIDDEN = 7, 4, 3, 5
+# Rounding of sums of some hundred terms in float64, for values of order 1.
+TOLERANCE = {"rtol": 0, "atol": 1e-10}
+
+CELLS = {
+    "rnn_tanh": Config("rnn_tanh", INPUT, HIDDEN, dtype=torch.float64),
+    "rnn_relu": Config("rnn_relu", INPUT, HIDDEN, dtype=torch.float64),
+    "lstm": Config("lstm", INPUT, HIDDEN, dtype=torch.float64),
+    "lstm_proj": Config("lstm", INPUT, HIDDEN, proj_size=2, dtype=torch.float64),
+    "gru": Config("gru", INPUT, HIDDEN, dtype=torch.float64),
+}
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_way = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "two_ways"])
+each_layout = pytest.mark.parametrize("batch_first", [False, True], ids=["time", "batch"])
+
+
+@pytest.fixture(autouse=True)
+def _layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    if features.layer is None:  # until the operator of the engine is merged
+        monkeypatch.setattr(features, "layer", torch_layer.layer)
+
+
+def build(cell: str, library: Any = rnn_ext, **options: Any) -> Any:
+    """A module in float64, the same weights for the same options."""
+    config = CELLS[cell]
+    torch.manual_seed(11)
+    return getattr(library, config.class_name)(**{**config.options(), **options})
+
+
+def plain(module: nn.RNNBase) -> nn.RNNBase:
+    """The module of torch.nn with the same weights."""
+    cell = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}.get(module.mode, module.mode.lower())
+    cell += "_proj" if module.proj_size else ""
+    twin = build(
+        cell, nn, num_layers=module.num_layers, bias=module.bias, batch_first=module.batch_first,
+        bidirectional=module.bidirectional, dropout=module.dropout,
+    )  # fmt: skip
+    twin.load_state_dict(module.state_dict())
+    return twin
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def draw_state(module: nn.RNNBase, batch: int = BATCH) -> Any:
+    slots = module.num_layers * (2 if module.bidirectional else 1)
+    h = draw(slots, batch, module.proj_size or module.hidden_size)
+    return (h, draw(slots, batch, module.hidden_size)) if module.mode == "LSTM" else h
+
+
+def parts(state: Any) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def as_state(tensors: tuple[Tensor, ...]) -> Any:
+    return tensors if len(tensors) == 2 else tensors[0]
+
+
+def select(state: Any, rows: Any) -> Any:
+    return as_state(tuple(part[:, rows] for part in parts(state)))
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    for one, other in zip(flatten(actual), flatten(expected), strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+def gradients(results: Any, wanted: list[Tensor], seed: int = 3) -> list[Tensor]:
+    """Of the results weighted by fixed random numbers."""
+    results = flatten(results)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+    return list(
+        torch.autograd.grad(results, wanted, weights, allow_unused=True, materialize_grads=True)
+    )
+
+
+def leaves(module: nn.Module, *tensors: Any) -> list[Tensor]:
+    for tensor in tensors:
+        tensor.requires_grad_()
+    return [*tensors, *module.parameters()]
+
+
+LENGTHS = torch.tensor([3, STEPS, 0, 5])
+
+
+def draw_resets() -> Tensor:
+    """Episodes of several lengths, one of one step, one row without, one beginning at step 0."""
+    resets = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    resets[[0, 2, 3], 0] = True
+    resets[5, 1] = True
+    resets[[1, 2, 6], 3] = True
+    return resets
+
+
+def to_numpy(values: Any) -> Any:
+    return tuple(part.detach().numpy() for part in parts(values))
+
+
+def numpy_params(module: nn.RNNBase) -> list[Any]:
+    name = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}.get(module.mode, module.mode.lower())
+    flat = [weight.detach().numpy() for weight in module._flat_weights]
+    return split_flat_weights(name, flat, bias=module.bias, projected=module.proj_size > 0)
+
+
+def numpy_cell(cell: str) -> str:
+    return cell.removesuffix("_proj")
+
+
+# ------------------------------------------------------------------------- against NumPy
+
+FORMS = {
+    "plain": {},
+    "lengths": {"lengths": LENGTHS},
+    "resets": {"resets": True},
+    "reset_state": {"resets": True, "reset_state": True},
+    "lengths_and_resets": {"lengths": LENGTHS, "resets": True, "reset_state": True},
+    "all_lengths_zero": {"lengths": torch.zeros(BATCH, dtype=torch.int64)},
+}
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def arguments(module: nn.RNNBase, form: str) -> dict[str, Any]:
+    given = dict(FORMS[form])
+    if "resets" in given:
+        given["resets"] = draw_resets()
+    if "reset_state" in given:
+        given["reset_state"] = draw_state(module)
+    return given
+
+
+def numpy_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    made = {}
+    if "lengths" in given:
+        made["lengths"] = given["lengths"].tolist()
+    if "resets" in given:
+        made["resets"] = given["resets"].numpy()
+    if "reset_state" in given:
+        made["reset_state"] = to_numpy(given["reset_state"])
+    return made
+
+
+@each_cell
+@each_form
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True}, {"num_layers": 2, "bidirectional": True}, {"bias": False}],
+    ids=["one", "two_ways", "stack", "no_bias"],
+)
+def test_states_equal_numpy(cell: str, form: str, options: dict[str, Any]) -> None:
+    module = build(cell, **options)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    given = arguments(module, form)
+    output, state, states = module(x, hx, return_all_states=True, **given)
+    every, final = reference.stack(
+        numpy_cell(cell), x.numpy(), to_numpy(hx), numpy_params(module),
+        directions=2 if module.bidirectional else 1, **numpy_arguments(given),
+    )  # fmt: skip
+    assert_same(output, torch.from_numpy(every[-1][0]))
+    assert_same(state, as_state(tuple(map(torch.from_numpy, final))))
+    assert states.h[-1] is output
+    assert (states.c is None) == (module.mode != "LSTM")
+    for k, of_layer in enumerate(every):
+        assert_same(states.h[k], torch.from_numpy(of_layer[0]))
+        if states.c is not None:
+            assert_same(states.c[k], torch.from_numpy(of_layer[1]))
+
+
+@each_cell
+@each_form
+@each_way
+@pytest.mark.parametrize("bptt_steps", [None, 1, 2, 3, STEPS], ids="k{}".format)
+def test_gradients_equal_numpy(
+    cell: str, form: str, bidirectional: bool, bptt_steps: int | None
+) -> None:
+    module = build(cell, bidirectional=bidirectional, bptt_steps=bptt_steps)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    given = arguments(module, form)
+    wanted = leaves(module, x, *parts(hx), *parts(given.get("reset_state", ())))
+    output, state = module(x, hx, **given)
+    doutput, dstate = torch.randn_like(output), tuple(map(torch.randn_like, parts(state)))
+    actual = torch.autograd.grad(
+        [output, *parts(state)], wanted, [doutput, *dstate],
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    dx, dinitial, dreset, dparams = reference.gradients(
+        numpy_cell(cell), x.detach().numpy(), to_numpy(hx), numpy_params(module),
+        doutput.numpy(), to_numpy(dstate), detach_steps=bptt_steps or 0, **numpy_arguments(given),
+    )  # fmt: skip
+    expected = [dx, *dinitial, *(dreset if "reset_state" in given else ())]
+    expected += join_flat_weights(dparams)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, torch.from_numpy(other), **TOLERANCE)
+
+
+# ------------------------------------------------------------------------- gradcheck
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "lstm_proj", "gru"])
+@each_layout
+def test_gradcheck_of_everything_at_once(cell: str, batch_first: bool) -> None:
+    """Into all states, the lower layer's c_t and h_t among them, with all masks drawn."""
+    module = build(
+        cell, num_layers=2, bidirectional=True, batch_first=batch_first, input_dropout=0.3,
+        hidden_dropout=0.3, weight_dropout=0.3, zoneout=0.3, dropout=0.3,
+    )  # fmt: skip
+    x, hx, reset_state = draw(4, 3, INPUT), draw_state(module, 3), draw_state(module, 1)
+    resets = torch.rand(4, 3) < 0.4
+    if batch_first:
+        x, resets = x.transpose(0, 1).contiguous(), resets.T.contiguous()
+    wanted = leaves(module, x, *parts(hx), *parts(reset_state))
+    names = [name for name, _ in module.named_parameters()]
+    count = len(parts(hx))
+
+    def call(x: Tensor, *rest: Tensor) -> list[Tensor]:
+        torch.manual_seed(5)
+        states, weights = rest[: 2 * count], dict(zip(names, rest[2 * count :], strict=True))
+        keywords = {
+            "lengths": [4, 2, 3], "resets": resets, "reset_state": as_state(states[count:]),
+            "return_all_states": True,
+        }  # fmt: skip
+        output, state, all_states = torch.func.functional_call(
+            module, weights, (x, as_state(states[:count])), keywords
+        )
+        return [output, *parts(state), all_states.h[0], *(all_states.c or ())]
+
+    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
+
+
+# ------------------------------------------------------------------------- lengths
+
+
+@each_cell
+@each_way
+@each_layout
+def test_lengths_equal_a_packed_sequence(cell: str, bidirectional: bool, batch_first: bool) -> None:
+    options = {"num_layers": 2, "bidirectional": bidirectional, "batch_first": batch_first}
+    module = build(cell, **options)
+    twin = plain(module)
+    lengths = torch.tensor([3, STEPS, 1, 5])
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    x = x.transpose(0, 1).contiguous() if batch_first else x
+    ours = module(x, hx, lengths=lengths)
+    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    output, state = twin(packed, hx)
+    theirs = pad_packed_sequence(output, batch_first)[0], state
+    assert_same(ours, theirs)
+    assert_same(
+        gradients(ours, leaves(module, x, *parts(hx))),
+        gradients(theirs, leaves(twin, x, *parts(hx))),
+    )
+
+
+@each_cell
+@each_way
+def test_lengths_equal_each_row_alone(cell: str, bidirectional: bool) -> None:
+    module = build(cell, num_layers=2, bidirectional=bidirectional)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    output, state = module(x, hx, lengths=LENGTHS)
+    for row, length in enumerate(LENGTHS.tolist()):
+        assert (output[length:, row] == 0).all()
+        if length == 0:
+            assert_same(select(state, row), select(hx, row))
+            continue
+        alone, end = plain(module)(x[:length, row], select(hx, row))
+        assert_same(output[:length, row], alone)
+        assert_same(select(state, row), end)
+
+
+@each_cell
+@each_layout
+@pytest.mark.parametrize("lengths", [LENGTHS, torch.zeros(BATCH, dtype=torch.int64)])
+def test_padding_is_not_seen(cell: str, batch_first: bool, lengths: Tensor) -> None:
+    """NaN in the padding reaches no result, and no gradient comes back to it."""
+    module = build(cell, num_layers=2, bidirectional=True, batch_first=batch_first)
+    padding = torch.arange(STEPS)[:, None] >= lengths
+    original = draw(STEPS, BATCH, INPUT)
+
+    def run(fill: float) -> list[Tensor]:
+        x = original.clone()
+        x[padding] = fill
+        x = (x.transpose(0, 1) if batch_first else x).contiguous()
+        wanted = leaves(module, x)
+        results = module(x, lengths=lengths)
+        return [*flatten(results), *gradients(results, wanted)]
+
+    zeros, filled = run(0.0), run(torch.nan)
+    for one, other in zip(zeros, filled, strict=True):
+        assert torch.equal(one, other)
+    dx = filled[len(zeros) - 1 - len(list(module.parameters()))]
+    dx = dx.transpose(0, 1) if batch_first else dx
+    assert (dx[padding] == 0).all()
+    assert (dx[~padding] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        LENGTHS.tolist(),
+        tuple(LENGTHS.tolist()),
+        LENGTHS.int(),
+        LENGTHS.to(torch.uint8),
+        LENGTHS.numpy(),
+        torch.stack([LENGTHS, LENGTHS])[0],
+        torch.stack([LENGTHS, LENGTHS], dim=1)[:, 0],
+    ],
+    ids=["list", "tuple", "int32", "uint8", "numpy", "row", "strided"],
+)
+def test_forms_of_lengths(lengths: Any) -> None:
+    module, x = build("lstm"), draw(STEPS, BATCH, INPUT)
+    assert_same(module(x, lengths=lengths), module(x, lengths=LENGTHS))
+
+
+@each_cell
+def test_full_lengths_are_no_lengths(cell: str) -> None:
+    module, x = build(cell, bidirectional=True), draw(STEPS, BATCH, INPUT)
+    assert_same(module(x, lengths=[STEPS] * BATCH), module(x))
+
+
+# ------------------------------------------------------------------------- resets
+
+
+@each_cell
+@each_way
+@pytest.mark.parametrize("learned", [False, True], ids=["to_h_0", "to_a_learned_state"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "lengths"])
+def test_resets_equal_episodes_one_by_one(
+    cell: str, bidirectional: bool, learned: bool, lengths: Tensor | None
+) -> None:
+    """With torch.nn's module for every episode of every row, layer by layer as they are stacked."""
+    module = build(cell, bidirectional=bidirectional)
+    x, hx, resets = draw(STEPS, BATCH, INPUT), draw_state(module), draw_resets()
+    reset_state = draw_state(module, 1) if learned else None
+    tensors = [x, *parts(hx), *(parts(reset_state) if learned else ())]
+    wanted = leaves(module, *tensors)
+    ours = module(x, hx, resets=resets, reset_state=reset_state, lengths=lengths)
+
+    twin = plain(module)
+    rows, ends = [], []
+    for row in range(BATCH):
+        first = select(hx, slice(row, row + 1))
+        later = reset_state if learned else first
+        length = STEPS if lengths is None else int(lengths[row])
+        begins = [t for t in range(length) if t == 0 or resets[t, row]]
+        outputs, states = [x.new_zeros(0, ours[0].size(-1))], []
+        for begin, end in itertools.pairwise([*begins, length]):
+            # Direction 0 comes from h_0 in the first episode, direction 1 in the last.
+            from_first = (begin == 0 and not resets[0, row], end == length)
+            initial = as_state(
+                tuple(
+                    torch.cat([(f if from_first[d] else s)[d : d + 1] for d in range(f.size(0))])
+                    for f, s in zip(parts(first), parts(later), strict=True)
+                )
+            )
+            output, state = twin(x[begin:end, row : row + 1], initial)
+            outputs.append(output[:, 0])
+            states.append(parts(state))
+        outputs.append(x.new_zeros(STEPS - length, ours[0].size(-1)))
+        rows.append(torch.cat(outputs))
+        # Direction 0 ends with the last episode, direction 1 with the first.
+        ends.append(
+            [torch.cat([states[-1][k][:1], states[0][k][1:]]) for k in range(len(parts(hx)))]
+            if states
+            else list(parts(first))
+        )
+    theirs = (
+        torch.stack(rows, dim=1),
+        as_state(tuple(torch.cat([end[k] for end in ends], dim=1) for k in range(len(parts(hx))))),
+    )
+    assert_same(ours, theirs)
+    own = [*tensors, *twin.parameters()]
+    assert_same(tuple(gradients(ours, wanted)), tuple(gradients(theirs, own)))
+
+
+@each_cell
+def test_resets_are_a_python_loop_over_steps(cell: str) -> None:
+    """What reinforcement learning does today, through two layers."""
+    module = build(cell, num_layers=2)
+    x, hx, resets = draw(STEPS, BATCH, INPUT), draw_state(module), draw_resets()
+    reset_state = draw_state(module, 1)
+    wanted = leaves(module, x, *parts(hx), *parts(reset_state))
+    ours = module(x, hx, resets=resets, reset_state=reset_state)
+    twin = plain(module)
+    outputs, state = [], parts(hx)
+    for t in range(STEPS):
+        state = tuple(
+            torch.where(resets[t][:, None], again, part)
+            for part, again in zip(state, parts(reset_state), strict=True)
+        )
+        output, new = twin(x[t : t + 1], as_state(state))
+        outputs.append(output)
+        state = parts(new)
+    theirs = torch.cat(outputs), as_state(state)
+    assert_same(ours, theirs)
+    own = [x, *parts(hx), *parts(reset_state), *twin.parameters()]
+    assert_same(tuple(gradients(ours, wanted)), tuple(gradients(theirs, own)))
+
+
+@each_cell
+@each_way
+def test_reset_at_every_step_forgets_everything(cell: str, bidirectional: bool) -> None:
+    module, x = build(cell, bidirectional=bidirectional), draw(STEPS, BATCH, INPUT)
+    resets = torch.ones(STEPS, BATCH, dtype=torch.bool)
+    hx = draw_state(module, 1)
+    expand = as_state(tuple(p.expand(-1, STEPS * BATCH, -1).contiguous() for p in parts(hx)))
+    alone, _ = plain(module)(x.reshape(1, STEPS * BATCH, INPUT), expand)
+    output, _ = module(x, select(hx, [0] * BATCH), resets=resets)
+    assert_same(output, alone.view(STEPS, BATCH, -1))
+
+
+def test_no_reset_is_the_plain_call() -> None:
+    module, x = build("gru", bidirectional=True), draw(STEPS, BATCH, INPUT)
+    never = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    assert_same(module(x, resets=never), plain(module)(x))
+
+
+# ------------------------------------------------------------------------- all states
+
+
+@each_cell
+def test_all_states_are_those_of_shorter_sequences(cell: str) -> None:
+    module = build(cell, num_layers=3)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    output, state, states = module(x, hx, return_all_states=True)
+    assert_same((output, state), plain(module)(x, hx))
+    assert isinstance(states, rnn_ext.AllStates)
+    for t in range(STEPS):
+        _, end = plain(module)(x[: t + 1], hx)
+        assert_same(torch.stack([h[t] for h in states.h]), parts(end)[0])
+        if module.mode == "LSTM":
+            assert_same(torch.stack([c[t] for c in states.c]), parts(end)[1])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "lstm_proj"])
+@each_way
+def test_gradient_into_a_cell_state_of_the_lower_layer(cell: str, bidirectional: bool) -> None:
+    """c_t of layer 0 alone: the layer above has no part in it."""
+    module = build(cell, num_layers=2, bidirectional=bidirectional)
+    x = draw(STEPS, BATCH, INPUT)
+    wanted = leaves(module, x)
+    _, _, states = module(x, return_all_states=True)
+    weights = torch.randn_like(states.c[0][2])
+    actual = torch.autograd.grad(
+        states.c[0][2], wanted, weights, allow_unused=True, materialize_grads=True
+    )
+    twin = plain(module)
+    _, (_, c_forward) = twin(x[:3])
+    expected = [c_forward[0]]
+    if bidirectional:
+        _, (_, c_reverse) = twin(x[2:])
+        expected.append(c_reverse[1])
+    expected = torch.autograd.grad(
+        torch.cat(expected, dim=-1), [x, *twin.parameters()], weights,
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    assert_same(tuple(actual), tuple(expected))
+    assert not actual[0][3:].any() or bidirectional
+
+
+def test_all_states_are_before_dropout() -> None:
+    module, x = build("lstm", num_layers=2, dropout=0.5), draw(STEPS, BATCH, INPUT)
+    _, _, states = module(x, return_all_states=True)
+    assert (states.h[0] != 0).all()
+
+
+# ------------------------------------------------------------------------- truncated BPTT
+
+
+@each_cell
+@pytest.mark.parametrize("k", [1, 2, 3, STEPS, STEPS + 3])
+def test_chunks_equal_a_loop_that_detaches(cell: str, k: int) -> None:
+    module = build(cell, num_layers=2, bptt_steps=k)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    wanted = leaves(module, x, *parts(hx))
+    ours = module(x, hx)
+    twin = plain(module)
+    outputs, state = [], hx
+    for chunk in x.split(k):
+        output, state = twin(chunk, as_state(parts(state)))
+        outputs.append(output)
+        end, state = state, as_state(tuple(part.detach() for part in parts(state)))
+    theirs = torch.cat(outputs), end
+    assert_same(ours, theirs)
+    own = [x, *parts(hx), *twin.parameters()]
+    assert_same(tuple(gradients(ours, wanted)), tuple(gradients(theirs, own)))
+
+
+def test_truncation_takes_no_part_without_gradients() -> None:
+    module, x = build("lstm", bptt_steps=2, checkpoint_steps=3), draw(STEPS, BATCH, INPUT)
+    with torch.no_grad():
+        assert not features.in_use(module)
+        output, _ = module(x)
+    assert_same(output, plain(module)(x)[0])
+
+
+@each_cell
+@each_way
+@each_form
+@pytest.mark.parametrize("k", [1, 3, STEPS])
+def test_checkpoints_change_no_bit(cell: str, bidirectional: bool, form: str, k: int) -> None:
+    module = build(cell, num_layers=2, bidirectional=bidirectional)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    given = arguments(module, form)
+    wanted = leaves(module, x, *parts(hx), *parts(given.get("reset_state", ())))
+
+    def run(checkpoint_steps: int | None) -> list[Tensor]:
+        module.checkpoint_steps = checkpoint_steps
+        results = module(x, hx, return_all_states=True, **given)[:2]
+        return [*flatten(results), *gradients(results, wanted)]
+
+    for one, other in zip(run(None), run(k), strict=True):
+        assert torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------- masks
+
+
+def seeds() -> Iterator[int]:
+    """What the next masks' seeds will be, without drawing them from the caller's generator."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    while True:
+        drawn = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, dtype=torch.int64)
+        yield int(drawn)
+
+
+def masks_of_layers(module: nn.RNNBase, batch: int, params: list[Any]) -> Callable[..., Any]:
+    """The masks that the next call of a module in training draws, for `reference.stack`."""
+    drawn = seeds()
+    directions = 2 if module.bidirectional else 1
+    width = module.proj_size or module.hidden_size
+    zoneout = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout,) * 2
+
+    def dropped(size: tuple[int, ...], p: float) -> np.ndarray:
+        return philox.mask(next(drawn), size, 1 - p) / (1 - p)
+
+    def of_layer(k: int, x: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        for slot in range(k * directions, (k + 1) * directions):
+            if module.weight_dropout:
+                weight = params[slot].weight_hh
+                masked = weight * dropped(weight.shape, module.weight_dropout)
+                params[slot] = params[slot]._replace(weight_hh=masked)
+        options: dict[str, Any] = {}
+        if module.input_dropout:
+            x = x * dropped((batch, x.shape[2]), module.input_dropout)
+        if module.hidden_dropout:
+            size = (directions, batch, width)
+            options["hidden_mask"] = dropped(size, module.hidden_dropout)
+        sizes = [width, module.hidden_size] if module.mode == "LSTM" else [width]
+        options["zoneout"] = tuple(
+            philox.mask(next(drawn), (len(x), batch, directions * size), p) if p else None
+            for p, size in zip(zoneout, sizes, strict=False)
+        )
+        return x, options
+
+    return of_layer
+
+
+REGULARIZERS = {
+    "input_dropout": {"input_dropout": 0.4},
+    "hidden_dropout": {"hidden_dropout": 0.4},
+    "weight_dropout": {"weight_dropout": 0.4},
+    "zoneout": {"zoneout": 0.4},
+    "all": {"input_dropout": 0.2, "hidden_dropout": 0.3, "weight_dropout": 0.4, "zoneout": 0.5},
+}
+
+
+@each_cell
+@pytest.mark.parametrize("name", [*REGULARIZERS, "zoneout_of_h", "zoneout_of_c"])
+@each_way
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "lengths"])
+def test_masks_equal_numpy(
+    cell: str, name: str, bidirectional: bool, lengths: Tensor | None
+) -> None:
+    options = REGULARIZERS.get(name)
+    if options is None:
+        if not cell.startswith("lstm"):
+            with pytest.raises(ValueError, match="for the LSTM a pair"):
+                build(cell, zoneout=(0.4, 0.0))
+            return
+        options = {"zoneout": (0.4, 0.0) if name == "zoneout_of_h" else (0.0, 0.4)}
+    module = build(cell, num_layers=2, bidirectional=bidirectional, **options)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    params = numpy_params(module)
+    of_layer = masks_of_layers(module, BATCH, params)
+    output, state = module(x, hx, lengths=lengths)
+    every, final = reference.stack(
+        numpy_cell(cell), x.numpy(), to_numpy(hx), params, of_layer=of_layer,
+        directions=2 if bidirectional else 1,
+        lengths=None if lengths is None else lengths.tolist(),
+    )  # fmt: skip
+    assert_same(output, torch.from_numpy(every[-1][0]))
+    assert_same(state, as_state(tuple(map(torch.from_numpy, final))))
+    assert not torch.allclose(output, plain(module)(x, hx)[0])
+
+
+@each_cell
+@each_layout
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_masks_follow_the_seed_on_any_number_of_threads(
+    cell: str, batch_first: bool, name: str
+) -> None:
+    options = {"num_layers": 2, "batch_first": batch_first, "dropout": 0.0}
+    module = build(cell, **options, **REGULARIZERS[name])
+    x = draw(BATCH, STEPS, INPUT)
+
+    def run(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        results = module(x)
+        return [*flatten(results), *gradients(results, list(module.parameters()))]
+
+    first = run(1)
+    for one, other in zip(first, run(1), strict=True):
+        assert torch.equal(one, other)
+    with threads(2):
+        for one, other in zip(first, run(1), strict=True):
+            assert torch.equal(one, other)
+    assert not torch.equal(first[0], run(2)[0])
+
+
+@each_cell
+def test_variational_masks_are_the_same_at_every_step(cell: str) -> None:
+    """A dropped input feature has no gradient at any step; the others have one at every step."""
+    module = build(cell, input_dropout=0.5)
+    x = draw(STEPS, 40, INPUT).requires_grad_()
+    output, _ = module(x)
+    (dx,) = torch.autograd.grad(output.sum(), x)
+    dropped = dx == 0
+    if cell == "rnn_relu":  # where all units are at 0 there is none either
+        dropped = dropped[0]
+        assert (dx[:, dropped] == 0).all()
+    else:
+        assert (dropped == dropped[0]).all()
+        dropped = dropped[0]
+    assert 0 < dropped.sum() < dropped.numel()
+    assert (dropped != dropped[0]).any()  # the rows differ
+
+
+@each_cell
+@pytest.mark.parametrize("name", ["input_dropout", "hidden_dropout", "weight_dropout"])
+def test_nothing_is_dropped_in_eval(cell: str, name: str) -> None:
+    module, x = build(cell, **REGULARIZERS[name]), draw(STEPS, BATCH, INPUT)
+    before = torch.get_rng_state()
+    module.eval()
+    assert_same(module(x), plain(module)(x))
+    assert_same(module(x, lengths=[STEPS] * BATCH), plain(module)(x))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_zoneout_takes_the_mean_in_eval(cell: str) -> None:
+    p = 0.3
+    module = build(cell, zoneout=p, bidirectional=True).eval()
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    every, final = reference.stack(
+        cell, x.numpy(), to_numpy(hx), numpy_params(module), directions=2,
+        zoneout=(np.full((STEPS, BATCH, 2 * HIDDEN), p),) * 2,
+    )  # fmt: skip
+    output, state = module(x, hx)
+    assert_same(output, torch.from_numpy(every[-1][0]))
+    assert_same(state, as_state(tuple(map(torch.from_numpy, final))))
+
+
+@pytest.mark.parametrize("name", ["input_dropout", "hidden_dropout", "weight_dropout", "zoneout"])
+def test_probability_1(name: str) -> None:
+    """Everything dropped, or every state kept: finite, and what it says."""
+    module = build("gru", **{name: 1.0})
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    output, _ = module(x, hx)
+    assert output.isfinite().all()
+    twin = plain(module)
+    if name == "zoneout":
+        assert_same(output, hx.expand(STEPS, -1, -1))
+    elif name == "input_dropout":
+        assert_same(output, twin(torch.zeros_like(x), hx)[0])
+    else:
+        nn.init.zeros_(twin.weight_hh_l0)
+        assert_same(output, twin(x, hx)[0])
+
+
+def test_dropout_between_layers_comes_with_the_others() -> None:
+    module, x = build("lstm", num_layers=2, dropout=1.0), draw(STEPS, BATCH, INPUT)
+    silent = build("lstm", num_layers=2)
+    with torch.no_grad():
+        silent.weight_ih_l1.zero_()
+    assert_same(module(x, lengths=[STEPS] * BATCH), silent(x))
+
+
+# ------------------------------------------------------------------------- forms of input
+
+
+@each_cell
+@each_way
+@pytest.mark.parametrize("form", ["resets", "lengths_and_resets", "reset_state"])
+def test_batch_first(cell: str, bidirectional: bool, form: str) -> None:
+    module = build(cell, bidirectional=bidirectional, num_layers=2)
+    x, hx, given = draw(STEPS, BATCH, INPUT), draw_state(module), arguments(module, form)
+    output, state, states = module(x, hx, return_all_states=True, **given)
+    module.batch_first = True
+    given["resets"] = given["resets"].T
+    other = module(x.transpose(0, 1), hx, return_all_states=True, **given)
+    assert_same(other[0].transpose(0, 1), output)
+    assert_same(other[1], state)
+    for mine, theirs in zip(flatten(tuple(states[:1])), flatten(tuple(other[2][:1])), strict=True):
+        assert_same(theirs.transpose(0, 1), mine)
+
+
+@each_cell
+@each_layout
+def test_unbatched(cell: str, batch_first: bool) -> None:
+    module = build(cell, bidirectional=True, num_layers=2, batch_first=batch_first)
+    x, hx, resets = draw(STEPS, INPUT), draw_state(module, 1), draw_resets()[:, 0]
+    reset_state = draw_state(module, 1)
+    output, state, states = module(
+        x, select(hx, 0), resets=resets, reset_state=select(reset_state, 0), return_all_states=True
+    )
+    dim = 0 if batch_first else 1
+    batched = module(
+        x.unsqueeze(dim), hx, resets=resets.unsqueeze(dim), reset_state=reset_state,
+        return_all_states=True,
+    )  # fmt: skip
+    assert_same(output, batched[0].squeeze(dim))
+    assert_same(state, select(batched[1], 0))
+    assert [h.shape for h in states.h] == [output.shape] * 2
+    assert_same(states.h[0], batched[2].h[0].squeeze(dim))
+    assert (states.c is None) == (module.mode != "LSTM")
+
+
+@each_cell
+@each_layout
+@pytest.mark.parametrize("lengths", [(7, 5, 3, 1), (3, 7, 1, 5)], ids=["sorted", "unsorted"])
+def test_packed_sequence_with_everything(
+    cell: str, batch_first: bool, lengths: tuple[int, ...]
+) -> None:
+    """Resets are in the caller's order of rows, as the states are."""
+    module = build(cell, bidirectional=True, num_layers=2, batch_first=batch_first)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    given = {"resets": draw_resets(), "reset_state": draw_state(module)}
+    if batch_first:
+        x, given["resets"] = x.transpose(0, 1).contiguous(), given["resets"].T
+    x.requires_grad_()
+    is_sorted = list(lengths) == sorted(lengths, reverse=True)
+    packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first, enforce_sorted=is_sorted)
+    output, state, states = module(packed, hx, return_all_states=True, **given)
+    expected = module(x, hx, lengths=lengths, return_all_states=True, **given)
+    assert type(output) is PackedSequence
+    assert output.batch_sizes is packed.batch_sizes
+    assert output.sorted_indices is packed.sorted_indices
+    assert_same(pad_packed_sequence(output, batch_first)[0], expected[0])
+    assert_same(state, expected[1])
+    for actual, padded in zip(states.h, expected[2].h, strict=True):
+        assert_same(pad_packed_sequence(actual, batch_first)[0], padded)
+    if states.c is not None:
+        assert_same(pad_packed_sequence(states.c[0], batch_first)[0], expected[2].c[0])
+    wanted = [x, *module.parameters()]
+    unpacked = pad_packed_sequence(output, batch_first)[0]
+    assert_same(tuple(gradients(unpacked, wanted)), tuple(gradients(expected[0], wanted)))
+
+
+def jagged(sequences: list[Tensor]) -> Tensor:
+    return torch.nested.nested_tensor(sequences, layout=torch.jagged, requires_grad=True)
+
+
+@each_cell
+@each_layout
+def test_jagged_nested_tensor(cell: str, batch_first: bool) -> None:
+    module = build(cell, bidirectional=True, num_layers=2, batch_first=batch_first)
+    sequences = [draw(n, INPUT) for n in (3, 7, 1, 5)]
+    nested, hx = jagged(sequences), draw_state(module)
+    output, state = module(nested, hx)
+    assert output.is_nested
+    assert output.layout == torch.jagged
+    assert output.shape[:2] == nested.shape[:2]  # the same ragged dimension
+    packed = pack_sequence([s.detach().requires_grad_() for s in sequences], enforce_sorted=False)
+    theirs, end = plain(module)(packed, hx)
+    padded, lengths = pad_packed_sequence(theirs, batch_first=True)
+    for row, (mine, length) in enumerate(zip(output.unbind(), lengths, strict=True)):
+        assert_same(mine, padded[row, :length])
+    assert_same(state, end)
+    own = [nested, *module.parameters()]
+    mine = torch.autograd.grad(output.values().square().sum(), own)
+    x = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=batch_first).requires_grad_()
+    other, _ = module(x, hx, lengths=lengths)
+    expected = torch.autograd.grad(other.square().sum(), [x, *module.parameters()])
+    dx = expected[0] if batch_first else expected[0].transpose(0, 1)
+    for row, (of_row, length) in enumerate(zip(mine[0].unbind(), lengths, strict=True)):
+        assert_same(of_row, dx[row, :length])
+    assert_same(tuple(mine[1:]), tuple(expected[1:]))
+
+
+def test_jagged_with_holes_and_empty_rows() -> None:
+    module = build("lstm", bidirectional=True)
+    values = draw(10, INPUT)
+    offsets, lengths = torch.tensor([0, 4, 7, 10]), torch.tensor([2, 0, 3])
+    nested = torch.nested.nested_tensor_from_jagged(values, offsets, lengths)
+    output, state, states = module(nested, return_all_states=True)
+    rows = [values[:2], values[4:4], values[7:]]
+    for mine, row in zip(output.unbind(), rows, strict=True):
+        assert len(mine) == len(row)
+        if len(row):
+            assert_same(mine, plain(module)(row)[0])
+    assert (state[0][:, 1] == 0).all()
+    assert states.c[0].is_nested
+    with_none, _ = module(jagged([draw(0, INPUT), draw(0, INPUT)]))
+    assert with_none.values().shape == (0, 2 * HIDDEN)
+
+
+def test_jagged_with_a_mask_and_resets() -> None:
+    module = build("gru")
+    sequences = [draw(n, INPUT) for n in (3, 5)]
+    resets = torch.rand(2, 5) < 0.5
+    output, _ = module(jagged(sequences), resets=resets)
+    padded = torch.nn.utils.rnn.pad_sequence(sequences)
+    expected, _ = module(padded, lengths=[3, 5], resets=resets.T)
+    for row, mine in enumerate(output.unbind()):
+        assert_same(mine, expected[: len(mine), row])
+
+
+@each_cell
+@each_form
+def test_one_step(cell: str, form: str) -> None:
+    module = build(cell, bidirectional=True)
+    x, hx, given = draw(STEPS, BATCH, INPUT), draw_state(module), arguments(module, form)
+    if "lengths" in given:
+        given["lengths"] = given["lengths"].clamp(max=1)
+    if "resets" in given:
+        given["resets"] = given["resets"][:1]
+    output, state = module(x[:1], hx, **given)
+    every, final = reference.stack(
+        numpy_cell(cell), x[:1].numpy(), to_numpy(hx), numpy_params(module), directions=2,
+        **numpy_arguments(given),
+    )  # fmt: skip
+    assert_same(output, torch.from_numpy(every[-1][0]))
+    assert_same(state, as_state(tuple(map(torch.from_numpy, final))))
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrower_dtypes(cell: str, dtype: torch.dtype) -> None:
+    """Error against float64 at most twice that of torch.nn on each row alone, in the same dtype."""
+    config = CELLS[cell]
+    torch.manual_seed(1)
+    options = {**config.options(), "dtype": dtype, "input_size": 32, "hidden_size": 48}
+    options |= {"bidirectional": True}
+    module = getattr(rnn_ext, config.class_name)(**options)
+    twin = getattr(nn, config.class_name)(**options)
+    twin.load_state_dict(module.state_dict())
+    exact_module = copy.deepcopy(twin).double()
+    lengths = [9, 4, 0, 7, 12, 1]
+    x = torch.randn(12, len(lengths), 32).to(dtype)
+    resets = torch.rand(12, len(lengths)) < 0.2
+    x_leaf = x.clone().requires_grad_()
+    output, _ = module(x_leaf, lengths=lengths, resets=resets)
+    (dx,) = torch.autograd.grad(output.float().sum(), x_leaf)
+
+    def by_episodes(reference: nn.RNNBase, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        output = x.new_zeros(*x.shape[:2], module(x[:1].to(dtype))[0].size(-1))
+        rows = []
+        for row, length in enumerate(lengths):
+            begins = [t for t in range(length) if t == 0 or resets[t, row]]
+            pieces = [
+                reference(x[begin:end, row])[0]
+                for begin, end in itertools.pairwise([*begins, length])
+            ]
+            rows.append(torch.cat([*pieces, output[length:, row]]))
+        output = torch.stack(rows, dim=1)
+        return output.detach(), torch.autograd.grad(output.to(torch.float64).sum(), x)[0]
+
+    exact, theirs = by_episodes(exact_module, x.double()), by_episodes(twin, x)
+    for mine, other, truth in zip((output, dx), theirs, exact, strict=True):
+        assert mine.dtype == dtype
+        error = (mine.double() - truth).abs().max()
+        assert error <= 2 * (other.double() - truth).abs().max()
