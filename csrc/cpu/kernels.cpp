@@ -53,9 +53,11 @@ size_t backward_workspace(const BackwardCall<Value<P>>& call, const Plan& plan) 
 }
 
 template <class P>
-void backward(const BackwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team) {
-  with_cell(call.shape.cell,
-            [&](auto cell) { BackwardPass<P, decltype(cell)>(call, plan, workspace).run(team); });
+void backward(const BackwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team,
+              int64_t from, int64_t to) {
+  with_cell(call.shape.cell, [&](auto cell) {
+    BackwardPass<P, decltype(cell)>(call, plan, workspace).run(team, from, to);
+  });
 }
 
 template <class T, Vec<T> (*kFunction)(Vec<T>)>

@@ -14,7 +14,9 @@ struct KernelsOf {
   // Only the chunk that begins at a position; chunks in order.
   void (*forward_chunk)(const ForwardCall<T>&, const Plan&, void* workspace, Member&, int64_t);
   size_t (*backward_workspace)(const BackwardCall<T>&, const Plan&);
-  void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&);
+  // Positions [from, to) of the way back; all of them in order, in one run or in several.
+  void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&, int64_t from,
+                   int64_t to);
   // Elementwise, for the accuracy tests: y[i] = f(x[i]).
   void (*sigmoid)(const T* x, T* y, int64_t n);
   void (*tanh)(const T* x, T* y, int64_t n);
