@@ -21,11 +21,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from rnn_ext.functional import GRU, LSTM, RNN_RELU, RNN_TANH
-
-try:  # until the operator of the engine is merged
-    from rnn_ext.layer import layer
-except ImportError:
-    layer = None
+from rnn_ext.layer import layer
 
 __all__ = ["AllStates", "stream"]
 
@@ -100,6 +96,8 @@ def _probability(module: nn.Module, name: str, value: Any) -> float:
 
 
 def _zoneout(module: nn.Module, name: str, value: Any) -> float | tuple[float, float]:
+    if module.proj_size > 0:
+        raise ValueError(f"{name} of an LSTM with projections is not defined")
     if not isinstance(value, (tuple, list)):
         return _probability(module, name, value)
     if module.mode != "LSTM" or len(value) != 2:
@@ -453,18 +451,18 @@ class _Call:
         zoneout = self.module.zoneout
         of_h, of_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
 
-        def mask(probability: float, width: int) -> Tensor | None:
+        # As the output of a module without projection: (T, B, D*H) or (B, T, D*H).
+        size = (*call.input.shape[:2], self.directions * self.module.hidden_size)
+
+        def mask(probability: float) -> Tensor | None:
             """How much of its old state a unit keeps: all or nothing in training, else the mean."""
-            size = (call.steps, call.batch, self.directions * width)
             if probability == 0:
                 return None
             if self.module.training:
                 return random_mask(size, probability, x)
             return x.new_full((1, 1, 1), probability).expand(size)
 
-        return mask(of_h, self.state_size), (
-            mask(of_c, self.module.hidden_size) if self.lstm else None
-        )
+        return mask(of_h), (mask(of_c) if self.lstm else None)
 
 
 def _each(

@@ -31,17 +31,19 @@ def layer(
     reset_h: Tensor | None = None,  # (D, B, R)
     reset_c: Tensor | None = None,  # (D, B, H)
     hidden_mask: Tensor | None = None,  # (D, B, R)
-    zoneout_h: Tensor | None = None,  # (T, B, D*R)
-    zoneout_c: Tensor | None = None,  # (T, B, D*H)
+    zoneout_h: Tensor | None = None,  # (T, B, D*H), with batch_first (B, T, D*H)
+    zoneout_c: Tensor | None = None,  # likewise
     detach_steps: int = 0,
     checkpoint_steps: int = 0,  # which changes no result
     return_cells: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """output (T, B, D*R) in the input's layout, h_n (D, B, R), c_n (D, B, H), cells (T, B, D*H)."""
-    x = input.transpose(0, 1) if batch_first else input
+
+    def in_time(t: Tensor | None) -> Tensor | None:
+        return t.transpose(0, 1) if batch_first and t is not None else t
+
+    x, resets, zoneout_h, zoneout_c = map(in_time, (input, resets, zoneout_h, zoneout_c))
     steps, batch = x.shape[:2]
-    if resets is not None and batch_first:
-        resets = resets.transpose(0, 1)
     lengths = torch.full((batch,), steps) if lengths is None else lengths
     directions = 2 if bidirectional else 1
     count = len(params) // directions
@@ -63,7 +65,7 @@ def layer(
             c if reset_c is None else reset_c[d],
         )
         mask = None if hidden_mask is None else hidden_mask[d]
-        keep_h, keep_c = own(zoneout_h, width), own(zoneout_c, hidden)
+        keep_h, keep_c = own(zoneout_h, hidden), own(zoneout_c, hidden)
         rows = torch.arange(batch)
         ys, cs = [], []
         for p in range(steps):
@@ -91,8 +93,7 @@ def layer(
         results.append((*by_position, h, c))
     output, cells = (torch.cat([r[k] for r in results], dim=-1) for k in (0, 1))
     h_n, c_n = (torch.stack([r[k] for r in results]) for k in (2, 3))
-    if batch_first:
-        output, cells = output.transpose(0, 1), cells.transpose(0, 1)
+    output, cells = in_time(output), in_time(cells)
     nothing = x.new_empty(0)
     return (
         output,
