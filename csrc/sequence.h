@@ -111,7 +111,7 @@ struct Features {
   // Factors of the h_{t-1} that the recurrent product reads (variational dropout).
   const T* hidden_mask[kMaxDirections] = {};  // (B, R) contiguous
   // Zoneout (Krueger et al. 2017): h_t = h~ + z * (h_{t-1} - h~), c_t likewise, where h~ comes from
-  // the c~ before it.
+  // the c~ before it. An RNN then keeps its h~ in the reserve, one value per unit.
   StepRows<const T> zoneout_h, zoneout_c;  // (T, B, D*H)
   // Gradients stop between every so many positions of a direction's own order; 0: nowhere.
   int64_t detach_steps = 0;

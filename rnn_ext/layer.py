@@ -1,9 +1,9 @@
 """One recurrent layer with what a call may ask for beyond the plain recurrence: rows of different
 lengths, episode resets, masks, zoneout, every cell state, cut gradients, recomputation.
 
-This is the operator ``torch.ops.rnn_ext.recurrent_layer`` with its autograd formula; the modules walk
-through their layers with it (rnn_ext/features.py) when a call uses any of these. Shapes: T steps, B
-rows, D directions, I input size, H hidden size, R = ``proj_size`` if there is one, else H.
+This is the operator ``torch.ops.rnn_ext.recurrent_layer`` with its autograd formula; the modules
+walk through their layers with it (rnn_ext/features.py) when a call uses any of these. Shapes: T
+steps, B rows, D directions, I input size, H hidden size, R = ``proj_size`` if there is one, else H.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _fake(*args):
         return input.new_empty((*input.shape[:2], directions * width))
 
     size = 0
-    saved = SAVED.get(call.cell, 0)
+    saved = SAVED.get(call.cell, int(call.zoneout_h is not None))
     if save_reserve and call.checkpoint_steps > 0 and saved:
         segments = (steps + call.checkpoint_steps - 1) // call.checkpoint_steps
         size = segments * directions * batch * (state + (hidden if lstm else 0))
@@ -186,6 +186,8 @@ def _saved_call(ctx) -> tuple[_Call, Tensor, Tensor]:
 
 def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
     call, output, reserve = _saved_call(ctx)
+    if grad_cells is not None and grad_cells.dim() == 1:  # of cells that were not asked for
+        grad_cells = None
     grads = [grad_output, grad_h_n, grad_c_n, grad_cells]
     needs = list(ctx.needs_input_grad[: len(_Call._fields)])
     param_needs = needs[1] if isinstance(needs[1], (list, tuple)) else [needs[1]] * ctx.num_params
@@ -204,9 +206,7 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
     )  # fmt: skip
 
 
-torch.library.register_autograd(
-    "rnn_ext::recurrent_layer", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("rnn_ext::recurrent_layer", _backward, setup_context=_setup_context)
 
 
 def _setup_double(ctx, inputs, output):
@@ -245,14 +245,13 @@ def _double_backward(ctx, found_grads):
             if y is not None and g is not None and y.requires_grad
         ]
         sources = [t for t in (*grads, *leaves) if t is not None]
-        second = iter(
-            torch.autograd.grad(
+        second = [None] * len(sources)
+        if pairs:
+            second = torch.autograd.grad(
                 [y for y, _ in pairs], sources, [g for _, g in pairs],
                 create_graph=create_graph, allow_unused=True,
             )  # fmt: skip
-            if pairs
-            else [None] * len(sources)
-        )
+    second = iter(second)
     all_found = [None if t is None else next(second) for t in (*grads, *leaves)]
     of_grads, of_call = all_found[:4], all_found[4:]
     rest = len(_Call._fields) - 8
@@ -273,8 +272,10 @@ def _differentiable_views(tensors: Sequence[Tensor | None]) -> list[Tensor | Non
 
 
 def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The layer in differentiable torch operations, step by step: output, h_n, c_n, cells. Slow, and
-    exact to any order of derivative."""
+    """The layer in differentiable torch operations, step by step: output, h_n, c_n, cells.
+
+    Slow, and exact to any order of derivative.
+    """
     x = call.input.transpose(0, 1) if call.batch_first else call.input
     steps, batch, _ = x.shape
     lstm, directions = call.cell == LSTM, call.directions
@@ -304,7 +305,7 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
             active = (t < lengths)[:, None]
             position = torch.full_like(lengths, t) if d == 0 else lengths - 1 - t
             if call.detach_steps > 0:
-                cut = ((position > 0) & (position % call.detach_steps == 0))[:, None]
+                cut = active & ((position > 0) & (position % call.detach_steps == 0))[:, None]
                 h, c = torch.where(cut, h.detach(), h), torch.where(cut, c.detach(), c)
             if resets is not None:
                 if d == 0:

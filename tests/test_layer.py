@@ -31,6 +31,7 @@ def draw_call(seed, cell, **forced):
     steps, batch = r.choice([1, 2, 5, 17, 40]), r.choice([1, 2, 3, 9, 35])
     inputs, hidden = r.choice([1, 3, 8, 21]), r.choice([1, 4, 7, 16, 33])
     proj = r.choice([1, 3, 20]) if lstm and maybe("proj", 0.2) else 0
+    proj = proj if proj < hidden else 0
     state = proj or hidden
     directions = 2 if maybe("bidirectional") else 1
     batch_first, bias = maybe("batch_first"), maybe("bias")
@@ -71,7 +72,7 @@ def draw_call(seed, cell, **forced):
                 call[name] = (rows(directions * hidden, grad=False) > 0.2).double()
             else:
                 call[name] = torch.full((1, 1, directions * hidden), 0.3, dtype=torch.float64)
-                call[name] = call[name].expand(rows(1, grad=False).shape[:2] + (-1,))
+                call[name] = call[name].expand((*rows(1, grad=False).shape[:2], -1))
     if maybe("detach", 0.3):
         call["detach_steps"] = r.choice([1, 2, 7, 50])
     if maybe("checkpoint", 0.3):
@@ -100,12 +101,10 @@ def run_both(input, params, call):
     leaves = leaves_of(input, params, call)
     found = []
     for results in (layer(input, params, **call), composite(as_call(input, params, call))):
-        kept = [t for t in results[:4 if call.get("return_cells") else 3] if t is not None]
+        kept = [t for t in results[: 4 if call.get("return_cells") else 3] if t is not None]
         kept = [t for t in kept if t.numel()]
         factors = torch.Generator().manual_seed(5)
-        loss = sum(
-            (t * torch.rand(t.shape, generator=factors, dtype=t.dtype)).sum() for t in kept
-        )
+        loss = sum((t * torch.rand(t.shape, generator=factors, dtype=t.dtype)).sum() for t in kept)
         grads = [torch.zeros_like(t) for t in leaves]
         if loss.requires_grad:
             raw = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -121,4 +120,71 @@ def test_equals_the_same_layer_in_torch_operations(seed, cell):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
     for a, b in zip(our_grads, their_grads, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(8))
+def test_checkpoints_do_not_change_a_bit(seed, dtype, cell):
+    def cast(t):
+        float_leaf = isinstance(t, torch.Tensor) and t.is_floating_point()
+        return t.detach().to(dtype).requires_grad_(t.requires_grad) if float_leaf else t
+
+    input, params, call = draw_call(seed, cell, checkpoint=False)
+    input, params = cast(input), [cast(p) for p in params]
+    call = {name: cast(value) for name, value in call.items()}
+    leaves = leaves_of(input, params, call)
+    results = []
+    for steps in (0, 1, 3, 11):
+        found = layer(input, params, **call, checkpoint_steps=steps)
+        loss = sum(t.square().sum() for t in found if t.numel())
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        results.append([*found, *grads])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+def test_checkpoints_really_cut_the_sequence():
+    """A long narrow sequence has several of the plan's chunks: the reserve is then much smaller."""
+    input = torch.randn(600, 16, 64, requires_grad=True)
+    params = [torch.randn(256, 64) * 0.1, torch.randn(256, 64) * 0.1]
+    args = [input, params, *[None] * 9, F.LSTM, False, False, False, 0]
+    plain = torch.ops.rnn_ext.recurrent_layer(*args, 0, False, True)
+    cut = torch.ops.rnn_ext.recurrent_layer(*args, 100, False, True)
+    assert cut[4].numel() == 6 * 16 * (64 + 64)
+    assert plain[4].numel() == 600 * 16 * 5 * 64
+    assert torch.equal(plain[0], cut[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_pass_opcheck(cell):
+    for seed in range(6):
+        input, params, call = draw_call(seed, cell, lengths=False)
+        arguments = as_call(input, params, call)
+        torch.library.opcheck(
+            torch.ops.rnn_ext.recurrent_layer.default,
+            (*arguments, bool(call.get("return_cells")), True),
+        )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivatives(cell):
+    forced = dict(
+        lengths=True, resets=True, reset_state=True, zoneout=True, states=True, cells=True
+    )
+    input, params, call = draw_call(11, cell, **forced, proj=False, detach=False)
+    torch.manual_seed(0)
+    steps, batch = (input.size(1), input.size(0)) if call["batch_first"] else input.shape[:2]
+    assert steps * batch >= 2
+    leaves = leaves_of(input, params, call)
+    grads = []
+    for results in (layer(input, params, **call), composite(as_call(input, params, call))):
+        loss = sum(t.square().sum() for t in results if t is not None and t.numel())
+        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        again = sum(t.square().sum() for t in found if t is not None)
+        grads.append(torch.autograd.grad(again, leaves, allow_unused=True))
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)

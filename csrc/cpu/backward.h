@@ -412,11 +412,9 @@ struct BackwardPass {
       const Vec<T> z = load_upto(features.zoneout_h.at(shape, t, b) + d * H + unit, rest);
       dh_past = u.dh * z;
       u.dh -= dh_past;
-      if constexpr (Cell::kReadsOutput) {  // that of the cell, which zoneout has mixed
-        const T* h_prev = previous_h(d, t, b);
-        const Vec<T> one = splat<T>(1), kept = one - z;
-        const Vec<T> before = h_prev ? load_upto(h_prev + unit, rest) : Vec<T>{};
-        u.h = kept > 0 ? (u.h - z * before) / (kept > 0 ? kept : one) : Vec<T>{};
+      if constexpr (Cell::kReadsOutput) {
+        const int64_t kept = shape.first_row(t) + b - call.reserve_first_row[d];
+        u.h = load(call.reserve[d] + kept * hidden + unit);
       }
     }
     if constexpr (Cell::kHasCellState) {

@@ -82,6 +82,7 @@ struct ForwardPass {
   static constexpr bool kValuesAreOperands = P::kPerElement == 1;
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
+  static constexpr int kKept = kSaved > 0 ? kSaved : 1;  // in a reserve that there is
   using Matrix = GateMatrix<P, kGates>;
 
   struct Direction {
@@ -353,7 +354,7 @@ struct ForwardPass {
       T* y = call.y.at(shape, t, b) + d * shape.state_size();
       T* reserve = call.reserve[d]
                        ? call.reserve[d] +
-                             (shape.first_row(t) + b - call.reserve_first_row[d]) * kSaved * hidden
+                             (shape.first_row(t) + b - call.reserve_first_row[d]) * kKept * hidden
                        : nullptr;
       const Beyond beyond = beyond_plain(d, t, b);
       for (int u = 0; u < unit_vectors; ++u) {
@@ -369,6 +370,7 @@ struct ForwardPass {
           previous = load(h_prev + r * state + unit);
         const Vec<T> c_prev = c;
         Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
+        if (Cell::kReadsOutput && reserve) store(reserve + unit, out);
         if (beyond.any) out = beyond.blend(out, previous, c, c_prev, unit, shape.hidden_size);
         if constexpr (Cell::kHasCellState)
           store(w.c + b * hidden + unit,

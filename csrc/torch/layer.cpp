@@ -147,9 +147,14 @@ struct Layer {
     }
   }
 
+  // Values kept per unit, row and direction.
+  int64_t kept() const {
+    const int64_t saved = num_saved(in.cell);
+    return saved > 0 ? saved : in.zoneout_h ? 1 : 0;
+  }
   // Segments between which only the states are kept, 0: everything is.
   int64_t segments() const {
-    if (in.checkpoint_steps == 0 || num_saved(in.cell) == 0 || empty()) return 0;
+    if (in.checkpoint_steps == 0 || kept() == 0 || empty()) return 0;
     return (shape.steps + in.checkpoint_steps - 1) / in.checkpoint_steps;
   }
   // Kept of each of them: the states it starts from.
@@ -160,13 +165,11 @@ struct Layer {
   // For the steps of the tensors, whatever the lengths: the sizes of results must not depend on
   // the values of tensors if they can help it.
   int64_t reserve_size() const {
-    if (in.checkpoint_steps > 0 && num_saved(in.cell) > 0)
+    if (in.checkpoint_steps > 0 && kept() > 0)
       return (T + in.checkpoint_steps - 1) / in.checkpoint_steps * snapshot_size();
     return shape.directions * saved_size(shape.rows());
   }
-  int64_t saved_size(int64_t rows) const {
-    return rows * num_saved(in.cell) * padded(shape.hidden_size);
-  }
+  int64_t saved_size(int64_t rows) const { return rows * kept() * padded(shape.hidden_size); }
 };
 
 // A snapshot's states of direction d.
@@ -241,6 +244,8 @@ Results forward_layer(const Layer& layer, bool return_cells, bool save_reserve) 
   const at::Tensor cells =
       return_cells ? Backend::empty(layer.rows_sizes(D * H), plain) : Backend::empty({0}, plain);
   const at::Tensor reserve = Backend::empty({save_reserve ? layer.reserve_size() : 0}, plain);
+  // Padding and places of segments that there are not: results hold nothing by chance.
+  if (H % kPad != 0 || layer.in.checkpoint_steps > 0) reserve.zero_();
 
   if (layer.empty()) {
     const auto set = [](const at::Tensor& to, const Optional& from) {
@@ -259,7 +264,7 @@ Results forward_layer(const Layer& layer, bool return_cells, bool save_reserve) 
       if (layer.lstm()) call.c_n[d] = mutable_data<T>(c_n) + d * B * H;
     }
     Backend backend(layer.problem, dtype);
-    T* const kept = save_reserve ? mutable_data<T>(reserve) : nullptr;
+    T* const kept = save_reserve && layer.kept() > 0 ? mutable_data<T>(reserve) : nullptr;
     if (kept && layer.segments() > 0) {
       const Plan plan = backend.plan(call);
       const int64_t steps = segment_steps(layer, plan);
@@ -280,8 +285,7 @@ Results forward_layer(const Layer& layer, bool return_cells, bool save_reserve) 
         backend.run(call, plan);
       }
     } else {
-      for (int d = 0; kept && d < D && num_saved(layer.in.cell) > 0; ++d)
-        call.reserve[d] = kept + d * layer.saved_size(s.rows());
+      for (int d = 0; kept && d < D; ++d) call.reserve[d] = kept + d * layer.saved_size(s.rows());
       backend.run(call, backend.plan(call));
     }
   }
