@@ -46,4 +46,11 @@ size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan);
 template <class T>
 void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner);
 
+template <class T>
+WindowPlan plan_window(const WindowCall<T>& call, int max_threads);
+template <class T>
+size_t workspace_bytes(const WindowCall<T>& call, const WindowPlan& plan);
+template <class T>
+void run(const WindowCall<T>& call, const WindowPlan& plan, void* workspace, Runner runner);
+
 }  // namespace rnn_ext

@@ -4,6 +4,7 @@
 #include "../sequence.h"
 #include "plan.h"
 #include "team.h"
+#include "window.h"
 
 namespace rnn_ext {
 
@@ -15,6 +16,9 @@ struct KernelsOf {
   void (*forward_chunk)(const ForwardCall<T>&, const Plan&, void* workspace, Member&, int64_t);
   size_t (*backward_workspace)(const BackwardCall<T>&, const Plan&);
   void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&);
+  // Null where products are of bfloat16.
+  size_t (*window_workspace)(const WindowCall<T>&, const WindowPlan&);
+  void (*window)(const WindowCall<T>&, const WindowPlan&, void* workspace, Member&);
   // Elementwise, for the accuracy tests: y[i] = f(x[i]).
   void (*sigmoid)(const T* x, T* y, int64_t n);
   void (*tanh)(const T* x, T* y, int64_t n);

@@ -9,21 +9,13 @@
 
 #include <atomic>
 
-#include "../cpu/governor.h"
+#include "cpu_backend.h"
 #include "layers.h"
-#include "memory.h"
 
 namespace rnn_ext {
 namespace {
 
 std::atomic<bool> g_linear_activations{false};
-
-// The team of a call is torch's own: one pool of threads in the process, torch.set_num_threads
-// honored. Inside somebody else's parallel region at::parallel_for runs inline and starts one
-// member only, which does all the work.
-void run_on_torch_threads(int members, void (*body)(int, void*), void* context) {
-  at::parallel_for(0, members, 1, [&](int64_t begin, int64_t) { body(int(begin), context); });
-}
 
 // A forked child inherits torch's OpenMP pool without its threads, and a parallel region in it
 // waits for them for ever. Whether the parent had started the pool cannot be told, so a child uses
@@ -31,118 +23,6 @@ void run_on_torch_threads(int members, void (*body)(int, void*), void* context) 
 std::atomic<bool> g_forked{false};
 [[maybe_unused]] const int g_watching_forks =
     pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
-
-struct Threads {
-  int offered, granted;
-};
-Threads threads_of_call() {
-  const int offered = offered_threads();
-  return {offered, offered > 1 ? governor().grant(offered) : 1};
-}
-
-template <class T>
-Plan plan_on(Threads threads, const SequenceShape& shape, bool backward, bool bf16_products) {
-  Plan plan = plan_call<T>(shape, backward, threads.granted, bf16_products);
-  plan.stands_in = threads.granted < threads.offered && plan.threads == 1 &&
-                   plan_call<T>(shape, backward, threads.offered, bf16_products).threads > 1;
-  return plan;
-}
-
-// Does this call round what its products read to bfloat16? Models of that type do; for float32 it
-// is the user's choice, torch.backends.mkldnn.rnn.fp32_precision or, where that is not set, what
-// torch.set_float32_matmul_precision chose for products ("medium").
-bool bf16_products(at::ScalarType dtype) {
-  if (dtype != at::kFloat) return dtype == at::kBFloat16;
-  const at::Context& context = at::globalContext();
-  auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN);
-  if (precision == at::Float32Precision::NONE || precision == at::Float32Precision::DEFAULT)
-    precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
-  return precision == at::Float32Precision::BF16;
-}
-
-template <class Call>
-void run_call(const Call& call, const Plan& plan) {
-  const c10::DataPtr workspace = pooled_workspace(workspace_bytes(call, plan));
-  run(call, plan, workspace.get(), run_on_torch_threads);
-}
-
-Rounding rounding_of(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? Rounding::kBFloat16
-         : dtype == at::kHalf   ? Rounding::kFloat16
-                                : Rounding::kNone;
-}
-
-template <class T>
-Wavefront wavefront_of(const Problem& p, at::ScalarType dtype, int threads) {
-  const Options& o = p.options;
-  if (o.num_layers < 2 || o.drops()) return {};
-  std::vector<SequenceShape> shapes;
-  for (int64_t layer = 0; layer < o.num_layers; ++layer) shapes.push_back(p.layer_shape(layer));
-  return plan_stack<T>(shapes.data(), int(o.num_layers), threads, bf16_products(dtype));
-}
-
-// Half precision is widened: the engine computes in float or double throughout.
-template <class T>
-class CpuBackend {
- public:
-  using Element = T;
-  using Saved = T;
-
-  static at::ScalarType element_type(at::ScalarType dtype) { return at::toOpMathType(dtype); }
-  static at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    return pooled_empty(sizes, c10::typeMetaToScalarType(options.dtype()));
-  }
-
-  CpuBackend(const Problem& problem, at::ScalarType dtype) : problem_(problem), dtype_(dtype) {}
-
-  void run(ForwardCall<T>& call) {
-    if (!started_) start();
-    call.rounding = rounding_of(dtype_);
-    call.bf16_products = bf16_products(dtype_);
-    if (wave_.threads > 1) {
-      waiting_.push_back(call);
-      return;
-    }
-    Plan plan = plan_on<T>(threads_, call.shape, false, call.bf16_products);
-    if (wave_.chunk_steps > 0) plan.chunk_steps = wave_.chunk_steps;
-    run_call(call, plan);
-  }
-
-  // All layers of a stack, by the wavefront that its shapes call for.
-  void finish() {
-    if (waiting_.empty()) return;
-    std::vector<Plan> plans;
-    std::vector<c10::DataPtr> memory;
-    std::vector<void*> workspaces;
-    for (const ForwardCall<T>& call : waiting_) {
-      plans.push_back(plan_call<T>(call.shape, false, 1, call.bf16_products));
-      plans.back().chunk_steps = wave_.chunk_steps;
-      memory.push_back(pooled_workspace(workspace_bytes(call, plans.back())));
-      workspaces.push_back(memory.back().get());
-    }
-    run_stack(waiting_.data(), plans.data(), workspaces.data(), int(waiting_.size()), wave_,
-              run_on_torch_threads);
-  }
-
-  void run(BackwardCall<T>& call) {
-    call.bf16_products = bf16_products(dtype_);
-    run_call(call, plan_on<T>(threads_of_call(), call.shape, true, call.bf16_products));
-  }
-
- private:
-  void start() {
-    started_ = true;
-    threads_ = threads_of_call();
-    wave_ = wavefront_of<T>(problem_, dtype_, threads_.granted);
-  }
-
-  const Problem& problem_;
-  const at::ScalarType dtype_;
-  bool started_ = false;
-  Threads threads_{1, 1};
-  Wavefront wave_;
-  std::vector<ForwardCall<T>> waiting_;
-};
 
 ForwardResult recurrent_cpu(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
                             const std::optional<at::Tensor>& h_0,
