@@ -128,8 +128,9 @@ class Bench:
 # ------------------------------------------------------------------------- lengths
 
 
-def bench_lengths(bench: Bench) -> Iterator[Verdict]:
-    steps, batch, size = 200, 32, 128
+def bench_lengths(
+    bench: Bench, steps: int = 200, batch: int = 32, size: int = 128
+) -> Iterator[Verdict]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
     lengths[0] = steps  # so that padded means the same for everybody
@@ -188,8 +189,9 @@ def bench_lengths(bench: Bench) -> Iterator[Verdict]:
 # ------------------------------------------------------------------------- resets
 
 
-def bench_resets(bench: Bench) -> Iterator[Verdict]:
-    steps, batch, size, density = 128, 16, 128, 0.01
+def bench_resets(
+    bench: Bench, steps: int = 128, batch: int = 16, size: int = 128, density: float = 0.01
+) -> Iterator[Verdict]:
     generator = torch.Generator().manual_seed(2)
     resets = torch.rand(steps, batch, generator=generator) < density
     x = torch.randn(steps, batch, size, generator=generator)
@@ -239,8 +241,9 @@ def bench_resets(bench: Bench) -> Iterator[Verdict]:
 # ------------------------------------------------------------------------- all states
 
 
-def bench_all_states(bench: Bench) -> Iterator[Verdict]:
-    steps, batch, size, layers = 200, 16, 128, 2
+def bench_all_states(
+    bench: Bench, steps: int = 200, batch: int = 16, size: int = 128, layers: int = 2
+) -> Iterator[Verdict]:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(steps, batch, size, generator=generator)
     weight = torch.randn(steps, batch, size, generator=generator)

@@ -251,6 +251,20 @@ def test_gradcheck_of_everything_at_once(cell: str, batch_first: bool) -> None:
     assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
 
 
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_second_derivatives(cell: str) -> None:
+    module = build(cell, bidirectional=True, hidden_dropout=0.3, zoneout=0.3)
+    x, hx, resets = draw(3, 2, INPUT), draw_state(module, 2), torch.rand(3, 2) < 0.5
+    wanted = leaves(module, x, *parts(hx))[: 1 + len(parts(hx))]
+
+    def call(x: Tensor, *hx: Tensor) -> list[Tensor]:
+        torch.manual_seed(5)
+        output, state = module(x, as_state(hx), lengths=[3, 2], resets=resets)
+        return [output, *parts(state)]
+
+    assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
+
+
 # ------------------------------------------------------------------------- lengths
 
 
@@ -507,6 +521,70 @@ def test_chunks_equal_a_loop_that_detaches(cell: str, k: int) -> None:
     assert_same(ours, theirs)
     own = [x, *parts(hx), *twin.parameters()]
     assert_same(gradients(ours, wanted), gradients(theirs, own))
+
+
+@each_cell
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("k", [1, 3, STEPS])
+@each_layout
+def test_windows_equal_a_loop_over_steps(
+    cell: str, num_layers: int, k: int, batch_first: bool
+) -> None:
+    """For every t the last k steps again, from the states before them."""
+    module = build(
+        cell, num_layers=num_layers, bptt_steps=k, bptt_style="window", batch_first=batch_first
+    )
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    wanted = leaves(module, x, *parts(hx))
+    ours = module(x.transpose(0, 1) if batch_first else x, hx)
+    output = ours[0].transpose(0, 1) if batch_first else ours[0]
+    twin = plain(module)
+    twin.batch_first = False
+    outputs = []
+    for t in range(STEPS):
+        first = max(0, t - k + 1)
+        state = hx
+        if first > 0:
+            _, state = twin(x[:first], hx)
+            state = as_state(tuple(part.detach() for part in parts(state)))
+        window, end = twin(x[first : t + 1], state)
+        outputs.append(window[-1])
+    theirs = torch.stack(outputs), end
+    assert_same((output, ours[1]), theirs)
+    own = [x, *parts(hx), *twin.parameters()]
+    assert_same(gradients((output, ours[1]), wanted), gradients(theirs, own))
+
+
+def test_window_of_an_unbatched_sequence() -> None:
+    module = build("gru", bptt_steps=2, bptt_style="window")
+    x = draw(STEPS, INPUT)
+    wanted = leaves(module, x)
+    alone = gradients(module(x)[0], wanted)
+    batched = gradients(module(x.unsqueeze(1))[0].squeeze(1), wanted)
+    assert_same(alone, batched)
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords", "what"),
+    [
+        ({}, {"lengths": LENGTHS}, "lengths"),
+        ({}, {"resets": torch.zeros(STEPS, BATCH, dtype=torch.bool)}, "resets"),
+        ({}, {"return_all_states": True}, "return_all_states"),
+        ({"checkpoint_steps": 2}, {}, "checkpoint_steps"),
+        ({"zoneout": 0.1}, {}, "zoneout"),
+        ({"input_dropout": 0.1}, {}, "input_dropout"),
+        ({"hidden_dropout": 0.1}, {}, "hidden_dropout"),
+        ({"weight_dropout": 0.1}, {}, "weight_dropout"),
+    ],
+    ids=str,
+)
+def test_what_a_window_does_not_go_together_with(options: dict, keywords: dict, what: str) -> None:
+    module = build("lstm", bptt_steps=2, bptt_style="window", **options)
+    x = draw(STEPS, BATCH, INPUT)
+    with pytest.raises(ValueError, match=f"bptt_style='window' does not go together with {what}"):
+        module(x, **keywords)
+    with torch.no_grad():  # nothing is truncated there
+        module(x, **keywords)
 
 
 def test_truncation_takes_no_part_without_gradients() -> None:

@@ -70,10 +70,11 @@ def layer(
         ys, cs = [], []
         for p in range(steps):
             t = torch.full((batch,), p) if d == 0 else (lengths - 1 - p).clamp(min=0)
+            active = (p < lengths)[:, None]
             if detach_steps and p > 0 and p % detach_steps == 0:
-                h, c = h.detach(), c.detach()
+                h, c = torch.where(active, h.detach(), h), torch.where(active, c.detach(), c)
             if resets is not None and (d == 0 or p > 0):
-                begins = resets[t if d == 0 else (t + 1).clamp(max=steps - 1), rows, None]
+                begins = resets[t if d == 0 else (t + 1).clamp(max=steps - 1), rows, None] & active
                 h, c = torch.where(begins, reset[0], h), torch.where(begins, reset[1], c)
             read = h if mask is None else h * mask
             new_h, new_c = _step(cell, bias, weights, x[t, rows], read, h, c)
@@ -81,7 +82,6 @@ def layer(
                 new_h = new_h + keep_h[t, rows] * (h - new_h)
             if keep_c is not None:
                 new_c = new_c + keep_c[t, rows] * (c - new_c)
-            active = (p < lengths)[:, None]
             h, c = torch.where(active, new_h, h), torch.where(active, new_c, c)
             ys.append(torch.where(active, h, 0.0))
             cs.append(torch.where(active, c, 0.0))
