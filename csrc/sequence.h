@@ -47,6 +47,10 @@ struct SequenceShape {
   // step (T + 1). Both null for padded data.
   const int64_t* batch_sizes = nullptr;
   const int64_t* offsets = nullptr;
+  // Padded data whose rows end at steps of their own: batch_sizes and offsets count the rows that
+  // are active, longest first, and the b-th of them is row order[b] of every tensor (B). Null where
+  // rows stand as they are counted.
+  const int64_t* order = nullptr;
 
   RNN_EXT_SHARED_INLINE int64_t state_size() const {
     return proj_size > 0 ? proj_size : hidden_size;
@@ -59,6 +63,8 @@ struct SequenceShape {
     return offsets ? offsets[t] : t * batch;
   }
   RNN_EXT_SHARED_INLINE int64_t rows() const { return first_row(steps); }  // N
+  // Where the b-th row stands in tensors that have a row for each.
+  RNN_EXT_SHARED_INLINE int64_t row(int64_t b) const { return order ? order[b] : b; }
 };
 
 RNN_EXT_SHARED_INLINE constexpr int num_gates(CellKind cell) {
@@ -78,8 +84,8 @@ struct StepRows {
   int64_t row_stride = 0;
 
   RNN_EXT_SHARED_INLINE T* at(const SequenceShape& shape, int64_t t, int64_t b) const {
-    return shape.offsets ? data + (shape.offsets[t] + b) * row_stride
-                         : data + t * step_stride + b * row_stride;
+    return shape.offsets && !shape.order ? data + (shape.offsets[t] + b) * row_stride
+                                         : data + t * step_stride + shape.row(b) * row_stride;
   }
 };
 
@@ -91,6 +97,39 @@ struct DirectionWeights {
   const T* b_hh = nullptr;  // (G*H), null without bias
   const T* w_hr = nullptr;  // (P, H), null without projection
   int64_t ld_ih = 0, ld_hh = 0, ld_hr = 0;
+};
+
+// What a call may ask for beyond the plain recurrence. The CPU engine knows these; all of them may
+// stay as they are. Data is padded.
+template <class T>
+struct Features {
+  // An episode begins at step t: direction 0 comes to it, and direction 1 goes on to step t-1, not
+  // with the state before but with the reset state.
+  StepRows<const bool> resets;            // (T, B)
+  const T* reset_h[kMaxDirections] = {};  // (B, R) contiguous, null means zeros
+  const T* reset_c[kMaxDirections] = {};  // (B, H)
+  // Factors of the h_{t-1} that the recurrent product reads (variational dropout).
+  const T* hidden_mask[kMaxDirections] = {};  // (B, R) contiguous
+  // Zoneout (Krueger et al. 2017): h_t = h~ + z * (h_{t-1} - h~), c_t likewise, where h~ comes from
+  // the c~ before it. An RNN then keeps its h~ in the reserve, one value per unit.
+  StepRows<const T> zoneout_h, zoneout_c;  // (T, B, D*H)
+  // Gradients stop between every so many positions of a direction's own order; 0: nowhere.
+  int64_t detach_steps = 0;
+  // The part of the sequence that a call runs, in positions of the directions' own order: it begins
+  // at a whole number of the plan's chunks. Forward starts from h_0, c_0 there and leaves the state
+  // at the end in h_n, c_n.
+  int64_t first_position = 0, last_position = INT64_MAX;
+
+  RNN_EXT_SHARED_INLINE int64_t end(const SequenceShape& shape) const {
+    return last_position < shape.steps ? last_position : shape.steps;
+  }
+  // Does direction d come to the b-th row's step t, where it is active, with the reset state?
+  RNN_EXT_SHARED_INLINE bool starts_anew(const SequenceShape& shape, int d, int64_t t,
+                                         int64_t b) const {
+    if (!resets.data) return false;
+    if (d == 0) return *resets.at(shape, t, b);
+    return t + 1 < shape.steps && b < shape.active(t + 1) && *resets.at(shape, t + 1, b);
+  }
 };
 
 // T is the type of the tensors, Saved the one that the reserve keeps: wider where T is narrow.
@@ -108,6 +147,9 @@ struct ForwardCall {
   T* h_n[kMaxDirections] = {};          // (B, R) contiguous
   T* c_n[kMaxDirections] = {};          // (B, H)
   Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), null in inference
+  Features<T> features;
+  StepRows<T> cells;                               // (T, B, D*H): every c_t, null: not asked for
+  int64_t reserve_first_row[kMaxDirections] = {};  // of N, where the reserve holds but a part
 };
 
 template <class T>
@@ -120,6 +162,9 @@ struct DirectionGradients {
   T* w_hr = nullptr;  // (P, H)
   T* h_0 = nullptr;   // (B, R)
   T* c_0 = nullptr;   // (B, H)
+  // Of Features::reset_h and reset_c.
+  T* reset_h = nullptr;  // (B, R)
+  T* reset_c = nullptr;  // (B, H)
 };
 
 // Gradients of the gates that are known before backward begins, rows in time order; with them it is
@@ -147,6 +192,9 @@ struct BackwardCall {
   const Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
   DirectionGradients<T> gradients[kMaxDirections];
   KnownGradients<T> known[kMaxDirections];  // of all directions or none
+  Features<T> features;
+  StepRows<const T> dcells;                        // (T, B, D*H), null data means zeros
+  int64_t reserve_first_row[kMaxDirections] = {};  // as in forward
 };
 
 }  // namespace rnn_ext

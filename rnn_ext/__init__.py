@@ -6,7 +6,7 @@ _version_check.check()
 
 import torch  # noqa: E402, F401  (loads the libraries that _C is linked against)
 
-from rnn_ext import _C, fake, flops, functional  # noqa: E402, F401
+from rnn_ext import _C, fake, flops, functional, layer  # noqa: E402, F401
 from rnn_ext._build_info import VERSION as __version__  # noqa: E402
 from rnn_ext.compiling import compile  # noqa: E402
 from rnn_ext.convert import convert, to_torch  # noqa: E402

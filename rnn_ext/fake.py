@@ -8,10 +8,15 @@ from torch import Tensor
 from rnn_ext.functional import GRU, LSTM
 
 _PAD = 16  # kPad of csrc/sequence.h
-_SAVED = {LSTM: 5, GRU: 4}  # num_saved of csrc/sequence.h
+SAVED = {LSTM: 5, GRU: 4}  # num_saved of csrc/sequence.h
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def padded(size: int) -> int:
+    """The engine's arrays pad their innermost dimension."""
+    return (size + _PAD - 1) // _PAD * _PAD
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
@@ -56,14 +61,13 @@ def _recurrent(
         batch = h_0.shape[-2] if h_0 is not None else torch.library.get_ctx().new_dynamic_size()
     width = directions * state
     slots = num_layers * directions
-    wide = _compute_dtype(input.dtype)
+    wide = compute_dtype(input.dtype)
     output = input.new_empty((*input.shape[:-1], width))
     h_n = input.new_empty((*models, slots, batch, state))
     c_n = input.new_empty((*models, slots, batch, hidden) if cell == LSTM else (*models, 0))
     size = 0
     if save_reserve:
-        padded = (hidden + _PAD - 1) // _PAD * _PAD
-        size = slots * rows * _SAVED.get(cell, 0) * padded
+        size = slots * rows * SAVED.get(cell, 0) * padded(hidden)
         inner = (num_layers - 1) * rows * width
         size += inner * (2 if training and dropout > 0 else 1)
     return output, h_n, c_n, input.new_empty((*models, size), dtype=wide)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import rnn_ext
 from helpers import Call, assert_matches_torch, threads
@@ -507,3 +508,20 @@ def test_wrong_sizes_are_torch_errors() -> None:
         call(module, x, [initial[0][:, :-1]], 3)
     with pytest.raises(RuntimeError, match="3 dimensions"):
         call(module, x[:, 0], initial, 3)
+
+
+@pytest.mark.parametrize("steps", [3, STEPS])
+def test_flops_are_those_of_the_products(steps: int) -> None:
+    module = make_module(rnn_ext, "lstm_proj", INPUT, HIDDEN, num_layers=2)
+    step = random_step(module, STEPS, BATCH)
+    with FlopCounterMode(display=False) as forward:
+        module(step[0], tuple(step[1]))
+    with FlopCounterMode(display=False) as both:
+        operator(module, step, steps)
+    passed = sum(min(t + 1, steps) for t in range(STEPS))  # by all chains; out of each but the last
+    left = passed - sum(t >= steps for t in range(STEPS))
+    H, R, gates = HIDDEN, module.proj_size, 4 * HIDDEN
+    chains = 2 * left * gates * R + passed * (R * gates + 2 * H * R)
+    every_row = STEPS * (gates * INPUT + gates * R + 2 * (gates * R + H * R) + gates * INPUT)
+    expected = 2 * BATCH * (chains + every_row)
+    assert both.get_total_flops() - forward.get_total_flops() == expected

@@ -54,6 +54,7 @@ struct BackwardPass {
 
   const BackwardCall<T>& call;
   const SequenceShape& shape;
+  const Features<T>& features;
   const Plan& plan;
   const int64_t gate_rows;  // G*H
   const bool project;
@@ -65,6 +66,7 @@ struct BackwardPass {
   BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
       : call(c),
         shape(c.shape),
+        features(c.features),
         plan(p),
         gate_rows(kGates * c.shape.hidden_size),
         project(c.shape.proj_size > 0),
@@ -127,17 +129,22 @@ struct BackwardPass {
     workspace_bytes = arena.bytes();
   }
 
-  void run(Member& team) const {
-    prepare(team);
-    for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
-      const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
-      for_steps(team, shape, plan, s, end,
+  // Positions [from, to). Runs follow each other in order; all that outlives one is in the
+  // workspace.
+  void run(Member& team, int64_t from, int64_t to) const {
+    if (from == 0) prepare(team);
+    for (int64_t s = from; s < to;) {
+      const int64_t begin = s / plan.chunk_steps * plan.chunk_steps;
+      const int64_t end =
+          begin + plan.chunk_steps < shape.steps ? begin + plan.chunk_steps : shape.steps;
+      const int64_t stop = end < to ? end : to;
+      for_steps(team, shape, plan, s, stop,
                 [&](Member& member, const Part& part, int64_t i) { step(member, part, i); });
-      pack_chunk(team, s, end);
-      weight_gradients(team, s, end);
-      if (call.dx.data)
-        for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
+      s = stop;
+      if (s < end) return;
+      products(team, begin, end);
     }
+    if (to < shape.steps) return;
     step(team, Part::all(shape, plan), shape.steps);  // the last product: dL/dh_0
     team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
@@ -150,10 +157,7 @@ struct BackwardPass {
       team.for_each(shape.directions * blocks, [&](int64_t i) {
         take_known(int(i / blocks), s, end, i % blocks * kMaxRowBlock);
       });
-      pack_chunk(team, s, end);
-      weight_gradients(team, s, end);
-      if (call.dx.data)
-        for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
+      products(team, s, end);
     }
   }
 
@@ -179,8 +183,14 @@ struct BackwardPass {
       if (i < hiddens)
         return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
       clear_operand_ends(w);
-      load_state(w.carry, call.dh_n[d], shape.batch, shape.state_size());
-      if (w.dc) load_state(w.dc, call.dc_n[d], shape.batch, shape.hidden_size);
+      const int64_t R = shape.state_size(), H = shape.hidden_size;
+      load_state(w.carry, shape, R,
+                 [&](int64_t b) { return state_row(call.dh_n[d], shape, b, R); });
+      if (w.dc)
+        load_state(w.dc, shape, H, [&](int64_t b) { return state_row(call.dc_n[d], shape, b, H); });
+      const DirectionGradients<T>& g = call.gradients[d];
+      if (g.reset_h) zero_row(g.reset_h, shape.batch * R);
+      if (g.reset_c) zero_row(g.reset_c, shape.batch * H);
     });
   }
 
@@ -255,10 +265,21 @@ struct BackwardPass {
   const T* previous_h(int d, int64_t t, int64_t b) const {
     const int64_t previous = d == 0 ? t - 1 : t + 1;
     const int64_t R = shape.state_size();
+    if (features.starts_anew(shape, d, t, b)) return state_row(features.reset_h[d], shape, b, R);
     if (previous >= 0 && previous < shape.steps && b < shape.active(previous))
       return call.y.at(shape, previous, b) + d * R;
-    return call.h_0[d] ? call.h_0[d] + b * R : nullptr;
+    return state_row(call.h_0[d], shape, b, R);
   }
+
+  // What becomes of the gradient by the state before the b-th row's step t.
+  enum class Cut { kNone, kReset, kDetached };
+  Cut cut_before(int d, int64_t t, int64_t b) const {
+    if (features.starts_anew(shape, d, t, b)) return Cut::kReset;
+    if (features.detach_steps <= 0) return Cut::kNone;
+    const int64_t position = d == 0 ? t : steps_of_row(shape, b) - 1 - t;
+    return position > 0 && position % features.detach_steps == 0 ? Cut::kDetached : Cut::kNone;
+  }
+  bool cuts() const { return features.resets.data || features.detach_steps > 0; }
 
   void step(Member& team, const Part& part, int64_t s) const {
     for_tiles(team, part, state_columns.panels(),
@@ -298,6 +319,15 @@ struct BackwardPass {
                         w.w_hh + state_columns.offset(panel, gate_depth()), nullptr, 0, tile,
                         width);
     }
+    if (features.hidden_mask[d]) {
+      for (int64_t r = 0; r < earlier; ++r) {
+        const T* mask = state_row(features.hidden_mask[d], shape, begin + r, R) + first;
+        for (int64_t i = 0; i < width && first + i < R; i += kLanes<T>) {
+          T* to = tile + r * width + i;
+          store(to, load(to) * load_upto(mask + i, R - first - i));
+        }
+      }
+    }
     // The carried part is added to the finished product, not used as its start: it is larger than
     // any single term, and every addition to it would round at its size.
     for (int64_t r = 0; r < rows; ++r) {
@@ -307,6 +337,7 @@ struct BackwardPass {
               r < earlier ? load(carry + r * stride + i) + load(to) : load(carry + r * stride + i));
       }
     }
+    if (cuts()) cut_rows(d, s, begin, earlier, first, width, tile);
     // Rows that have no step here are on their way out: what is left is their dL/dh_0.
     for (int64_t r = now; r < rows; ++r) copy_row(carry + r * stride, tile + r * width, width);
     if (now == 0) return;
@@ -342,6 +373,29 @@ struct BackwardPass {
     }
   }
 
+  // Takes dL/dh by the states that position s-1 did not start from out of the tile.
+  void cut_rows(int d, int64_t s, int64_t begin, int64_t earlier, int64_t first, int64_t width,
+                T* tile) const {
+    const int64_t R = shape.state_size();
+    for (int64_t r = 0; r < earlier; ++r) {
+      const Cut cut = cut_before(d, step_at(shape, reversed(d), s - 1), begin + r);
+      if (cut == Cut::kNone) continue;
+      if (cut == Cut::kReset)
+        add_to(state_row(call.gradients[d].reset_h, shape, begin + r, R), first, width, R,
+               tile + r * width);
+      zero_row(tile + r * width, width);
+    }
+  }
+
+  // to[first + i] += from[i] for i < count, of a row of n values; null: nobody asks for it.
+  static void add_to(T* to, int64_t first, int64_t count, int64_t n, const T* from) {
+    if (!to) return;
+    for (int64_t i = 0; i < count && first + i < n; i += kLanes<T>) {
+      const int64_t rest = n - first - i;
+      store_upto(to + first + i, load_upto(to + first + i, rest) + load(from + i), rest);
+    }
+  }
+
   // dL/dh through W_hr, then the cell.
   void projected_tile(int d, int64_t panel, int64_t s, int64_t begin) const {
     const Direction& w = directions[d];
@@ -369,7 +423,8 @@ struct BackwardPass {
     const int64_t H = shape.hidden_size, hidden = padded(H), rest = H - unit;
     Vec<T> saved[kSaved + 1], dx[kGates], dg[kGates];
     if constexpr (kSaved > 0) {
-      const T* reserve = call.reserve[d] + (shape.first_row(t) + b) * kSaved * hidden + unit;
+      const int64_t kept = shape.first_row(t) + b - call.reserve_first_row[d];
+      const T* reserve = call.reserve[d] + kept * kSaved * hidden + unit;
 #pragma GCC unroll 8
       for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden);
       if constexpr (Cell::kHasCellState) {
@@ -385,9 +440,43 @@ struct BackwardPass {
       const T* h_prev = previous_h(d, t, b);
       if (h_prev) u.h_prev = load_upto(h_prev + unit, rest);
     }
-    if constexpr (Cell::kHasCellState) u.dc = load(w.dc + b * hidden + unit);
+    if constexpr (Cell::kHasCellState) {
+      u.dc = load(w.dc + b * hidden + unit);
+      if (call.dcells.data) u.dc += load_upto(call.dcells.at(shape, t, b) + d * H + unit, rest);
+    }
+    // Zoneout: what goes to the state before, past the cell.
+    Vec<T> dh_past = {}, dc_past = {};
+    if (features.zoneout_h.data) {
+      const Vec<T> z = load_upto(features.zoneout_h.at(shape, t, b) + d * H + unit, rest);
+      dh_past = u.dh * z;
+      u.dh -= dh_past;
+      if constexpr (Cell::kReadsOutput) {
+        const int64_t kept = shape.first_row(t) + b - call.reserve_first_row[d];
+        u.h = load(call.reserve[d] + kept * hidden + unit);
+      }
+    }
+    if constexpr (Cell::kHasCellState) {
+      if (features.zoneout_c.data) {
+        const Vec<T> z = load_upto(features.zoneout_c.at(shape, t, b) + d * H + unit, rest);
+        dc_past = u.dc * z;
+        u.dc -= dc_past;
+      }
+    }
     Cell::backward(math, saved, u, dx, dg);
-    if constexpr (Cell::kHasCellState) store(w.dc + b * hidden + unit, u.dc);
+    u.dh_prev += dh_past;
+    if constexpr (Cell::kHasCellState) {
+      u.dc += dc_past;
+      if (cuts()) {
+        const Cut cut = cut_before(d, t, b);
+        if (cut == Cut::kReset) {
+          T dc[kLanes<T>];
+          store(dc, u.dc);
+          add_to(state_row(call.gradients[d].reset_c, shape, b, H), unit, kLanes<T>, H, dc);
+        }
+        if (cut != Cut::kNone) u.dc = Vec<T>{};
+      }
+      store(w.dc + b * hidden + unit, u.dc);
+    }
     const int64_t row = chunk_row(d, s) + b;
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g) {
@@ -402,6 +491,14 @@ struct BackwardPass {
       }
     }
     return u.dh_prev;
+  }
+
+  // All that follows from the gate gradients of a chunk.
+  void products(Member& team, int64_t s, int64_t end) const {
+    pack_chunk(team, s, end);
+    weight_gradients(team, s, end);
+    if (call.dx.data)
+      for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
   }
 
   // Left operands in blocks (with the bias sums, which read the same values), right ones in panels.
@@ -442,8 +539,9 @@ struct BackwardPass {
           return pack_right(range, i, w.ih,
                             [&](int64_t, int64_t t, int64_t b) { return call.x.at(shape, t, b); });
         case 4:
-          return pack_right(range, i, w.hh,
-                            [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); });
+          return pack_right(
+              range, i, w.hh, [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); },
+              features.hidden_mask[d]);
         case 5:
           return pack_right(range, i, w.hr, [&](int64_t row, int64_t, int64_t) {
             return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);
@@ -482,16 +580,26 @@ struct BackwardPass {
     }
   }
 
+  // `mask` (B, count of columns): factors of the source's rows, null means ones.
   template <class Source>
   void pack_right(const StepRange& range, int64_t panel, const WeightGradient& gradient,
-                  Source&& source) const {
+                  Source&& source, const T* mask = nullptr) const {
     if (!gradient.right) return;
     const int vectors = gradient.n.vectors(panel);
     const int64_t first = gradient.n.first(panel);
     Element* to = gradient.right + gradient.n.offset(panel, elements<P>(range.rows));
     for_rows(shape, range, 0, range.rows, [&](int64_t row, int64_t t, int64_t b) {
-      const T* from = source(row, t, b);
-      pack_row<P>(from ? from + first : nullptr, gradient.n.count - first, vectors, row, to);
+      const T* const from = source(row, t, b);
+      const T* values = from ? from + first : nullptr;
+      const int64_t count = gradient.n.count - first;
+      alignas(64) T masked[Columns<T>::kWidth];
+      if (values && mask) {
+        const T* factor = state_row(mask, shape, b, gradient.n.count) + first;
+        for (int64_t i = 0; i < Columns<T>::kWidth && i < count; i += kLanes<T>)
+          store(masked + i, load_upto(values + i, count - i) * load_upto(factor + i, count - i));
+        values = masked;
+      }
+      pack_row<P>(values, count, vectors, row, to);
     });
   }
 
@@ -591,8 +699,8 @@ struct BackwardPass {
     const DirectionGradients<T>& g = call.gradients[d];
     const int64_t R = shape.state_size(), H = shape.hidden_size;
     for (int64_t b = 0; b < shape.batch; ++b) {
-      if (g.h_0) copy_row(g.h_0 + b * R, w.carry + b * padded(R), R);
-      if (g.c_0) copy_row(g.c_0 + b * H, w.dc + b * padded(H), H);
+      if (g.h_0) copy_row(state_row(g.h_0, shape, b, R), w.carry + b * padded(R), R);
+      if (g.c_0) copy_row(state_row(g.c_0, shape, b, H), w.dc + b * padded(H), H);
     }
   }
 };

@@ -64,6 +64,7 @@ inline int64_t max_chunk_rows(const SequenceShape& shape, const Plan& plan) {
 // Are the rows of consecutive steps evenly spaced in memory? Then a product can read them in place.
 template <class T>
 bool evenly_spaced(const SequenceShape& shape, const StepRows<T>& rows, int64_t* stride) {
+  if (shape.order) return false;
   if (shape.offsets || shape.steps == 1) {
     *stride = rows.row_stride;
     return true;
@@ -148,14 +149,34 @@ inline void zero_row(T* to, int64_t n) {
   std::memset(to, 0, size_t(n) * sizeof(T));
 }
 
-// Fills a (B, padded(width)) state from a contiguous (B, width) one, zeros where there is none.
-template <class T>
-void load_state(T* to, const T* from, int64_t batch, int64_t width) {
-  for (int64_t b = 0; b < batch; ++b) {
+// Fills a (B, padded(width)) state of the rows in the order they are counted. source(b): the b-th
+// row's values, null means zeros.
+template <class T, class Source>
+void load_state(T* to, const SequenceShape& shape, int64_t width, Source&& source) {
+  for (int64_t b = 0; b < shape.batch; ++b) {
     T* row = to + b * padded(width);
     zero_row(row, padded(width));
-    if (from) copy_row(row, from + b * width, width);
+    if (const T* from = source(b)) copy_row(row, from, width);
   }
+}
+// The b-th row of a contiguous (B, width) state.
+template <class T>
+T* state_row(T* state, const SequenceShape& shape, int64_t b, int64_t width) {
+  return state ? state + shape.row(b) * width : nullptr;
+}
+
+// Steps of the b-th row.
+inline int64_t steps_of_row(const SequenceShape& shape, int64_t b) {
+  if (!shape.batch_sizes) return shape.steps;
+  int64_t low = 0, high = shape.steps;  // batch_sizes does not increase: bisect
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (shape.batch_sizes[middle] > b)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
 }
 
 }  // namespace rnn_ext::RNN_EXT_ISA

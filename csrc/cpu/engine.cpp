@@ -85,9 +85,7 @@ const KernelsOf<T>& kernels_for(const BackwardCall<T>& call, const Plan& plan) {
   return kernels_for(call, plan, current_kernels().of<T>());
 }
 
-double work_of(const Plan& plan, const SequenceShape& shape) {
-  return plan.step_seconds * double(shape.steps);
-}
+double work_of(const Plan& plan, int64_t steps) { return plan.step_seconds * double(steps); }
 
 }  // namespace
 
@@ -108,14 +106,17 @@ size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan) {
 template <class T>
 void run(const ForwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
   const auto kernel = kernels_for(call, plan).forward;
-  run_team(plan.threads, plan.stands_in, work_of(plan, call.shape), runner,
+  const int64_t steps = call.features.end(call.shape) - call.features.first_position;
+  run_team(plan.threads, plan.stands_in, work_of(plan, steps), runner,
            [&](Member& member) { kernel(call, plan, workspace, member); });
 }
 template <class T>
-void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner) {
+void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner,
+         int64_t from, int64_t to) {
   const auto kernel = kernels_for(call, plan).backward;
-  run_team(plan.threads, plan.stands_in, work_of(plan, call.shape), runner,
-           [&](Member& member) { kernel(call, plan, workspace, member); });
+  to = std::min(to, call.shape.steps);
+  run_team(plan.threads, plan.stands_in, work_of(plan, to - from), runner,
+           [&](Member& member) { kernel(call, plan, workspace, member, from, to); });
 }
 
 template <class T>
@@ -130,7 +131,8 @@ template <class T>
 void run_stack(const ForwardCall<T>* calls, const Plan* plans, void* const* workspaces, int count,
                const Wavefront& wave, Runner runner) {
   double work = 0;
-  for (int layer = 0; layer < count; ++layer) work += work_of(plans[layer], calls[layer].shape);
+  for (int layer = 0; layer < count; ++layer)
+    work += work_of(plans[layer], calls[layer].shape.steps);
   const int64_t chunks = (calls[0].shape.steps + wave.chunk_steps - 1) / wave.chunk_steps;
   run_team(wave.threads, false, work, runner, [&](Member& member) {
     for (int64_t i = 0; i < chunks + count - 1; ++i)
@@ -160,17 +162,17 @@ void run(const WindowCall<T>& call, const WindowPlan& plan, void* workspace, Run
            [&](Member& member) { kernel(call, plan, workspace, member); });
 }
 
-#define RNN_EXT_INSTANTIATE(T)                                                      \
-  template Plan plan_call<T>(const SequenceShape&, bool, int, bool);                \
-  template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);           \
-  template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&);          \
-  template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner);          \
-  template void run<T>(const BackwardCall<T>&, const Plan&, void*, Runner);         \
-  template WindowPlan plan_window<T>(const WindowCall<T>&, int);                    \
-  template size_t workspace_bytes<T>(const WindowCall<T>&, const WindowPlan&);      \
-  template void run<T>(const WindowCall<T>&, const WindowPlan&, void*, Runner);     \
-  template Wavefront plan_stack<T>(const SequenceShape*, int, int, bool);           \
-  template void run_stack<T>(const ForwardCall<T>*, const Plan*, void* const*, int, \
+#define RNN_EXT_INSTANTIATE(T)                                                                \
+  template Plan plan_call<T>(const SequenceShape&, bool, int, bool);                          \
+  template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);                     \
+  template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&);                    \
+  template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner);                    \
+  template void run<T>(const BackwardCall<T>&, const Plan&, void*, Runner, int64_t, int64_t); \
+  template WindowPlan plan_window<T>(const WindowCall<T>&, int);                              \
+  template size_t workspace_bytes<T>(const WindowCall<T>&, const WindowPlan&);                \
+  template void run<T>(const WindowCall<T>&, const WindowPlan&, void*, Runner);               \
+  template Wavefront plan_stack<T>(const SequenceShape*, int, int, bool);                     \
+  template void run_stack<T>(const ForwardCall<T>*, const Plan*, void* const*, int,           \
                              const Wavefront&, Runner);
 RNN_EXT_INSTANTIATE(float)
 RNN_EXT_INSTANTIATE(double)

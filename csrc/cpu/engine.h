@@ -43,8 +43,10 @@ void run_stack(const ForwardCall<T>* calls, const Plan* plans, void* const* work
 
 template <class T>
 size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan);
+// Positions [from, to) only: the runs of one call follow each other in order, with one workspace.
 template <class T>
-void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner);
+void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner,
+         int64_t from = 0, int64_t to = INT64_MAX);
 
 template <class T>
 WindowPlan plan_window(const WindowCall<T>& call, int max_threads);

@@ -82,6 +82,7 @@ struct ForwardPass {
   static constexpr bool kValuesAreOperands = P::kPerElement == 1;
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
+  static constexpr int kKept = kSaved > 0 ? kSaved : 1;  // in a reserve that there is
   using Matrix = GateMatrix<P, kGates>;
 
   struct Direction {
@@ -99,7 +100,10 @@ struct ForwardPass {
 
   const ForwardCall<T>& call;
   const SequenceShape& shape;
+  const Features<T>& features;
   const Plan& plan;
+  const bool plain;              // nothing beyond the cell at any step
+  const bool separate_operands;  // does the product read something else than h itself?
   GateColumns<T, kGates> columns;
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
@@ -113,7 +117,11 @@ struct ForwardPass {
   ForwardPass(const ForwardCall<T>& c, const Plan& p, void* workspace)
       : call(c),
         shape(c.shape),
+        features(c.features),
         plan(p),
+        plain(!c.features.resets.data && !c.features.zoneout_h.data && !c.features.zoneout_c.data &&
+              !c.cells.data),
+        separate_operands(!kValuesAreOperands || c.features.hidden_mask[0]),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
@@ -136,10 +144,8 @@ struct ForwardPass {
       w.gx = arena.take<T>(rows * width);
       for (int i = 0; i < 2; ++i) {
         w.h[i] = arena.take<T>(shape.batch * padded(shape.state_size()));
-        if constexpr (kValuesAreOperands)
-          w.h_operand[i] = w.h[i];
-        else
-          w.h_operand[i] = arena.take<Element>(shape.batch * state_stride());
+        if constexpr (kValuesAreOperands) w.h_operand[i] = w.h[i];
+        if (separate_operands) w.h_operand[i] = arena.take<Element>(shape.batch * state_stride());
       }
       w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
       const bool project = shape.proj_size > 0;
@@ -153,18 +159,20 @@ struct ForwardPass {
   }
 
   void run(Member& team) const {
-    for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) run_chunk(team, s);
+    for (int64_t s = features.first_position; s < features.end(shape); s += plan.chunk_steps)
+      run_chunk(team, s);
   }
 
   // The chunk that begins at position s. Chunks run in order; all that outlives one of them is in
   // the workspace.
   void run_chunk(Member& team, int64_t s) const {
-    const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
-    if (s == 0) prepare(team);
+    const int64_t last = features.end(shape);
+    const int64_t end = s + plan.chunk_steps < last ? s + plan.chunk_steps : last;
+    if (s == features.first_position) prepare(team);
     project_input(team, s, end);
     for_steps(team, shape, plan, s, end,
               [&](Member& member, const Part& part, int64_t i) { step(member, part, i, s, end); });
-    if (end == shape.steps) team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
+    if (end == last) team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
 
  private:
@@ -192,17 +200,31 @@ struct ForwardPass {
       } else if (i < panels + projections) {
         pack_projection(w, from, i - panels);
       } else {
-        for (T* h : w.h) load_state(h, call.h_0[d], shape.batch, shape.state_size());
-        if constexpr (!kValuesAreOperands) {
-          for (Element* h : w.h_operand)
-            for (int64_t b = 0; b < shape.batch; ++b)
-              store_row<P>(h + b * state_stride(),
-                           call.h_0[d] ? call.h_0[d] + b * shape.state_size() : nullptr,
-                           shape.state_size());
-        }
-        if (w.c) load_state(w.c, call.c_0[d], shape.batch, shape.hidden_size);
+        load_initial(d);
       }
     });
+  }
+
+  void load_initial(int d) const {
+    const Direction& w = directions[d];
+    const int64_t R = shape.state_size(), H = shape.hidden_size;
+    const int64_t t = step_at(shape, d == 1, features.first_position);
+    const auto anew = [&](int64_t b) {
+      return b < shape.active(t) && features.starts_anew(shape, d, t, b);
+    };
+    for (T* h : w.h)
+      load_state(h, shape, R, [&](int64_t b) {
+        return state_row(anew(b) ? features.reset_h[d] : call.h_0[d], shape, b, R);
+      });
+    if (separate_operands)
+      for (int64_t b = 0; b < shape.batch; ++b)
+        for (int64_t unit = 0; unit < padded(R); unit += kLanes<T>)
+          for (Element* h : w.h_operand)
+            store_operand(d, h, b, unit, load(w.h[0] + b * padded(R) + unit));
+    if (w.c)
+      load_state(w.c, shape, H, [&](int64_t b) {
+        return state_row(anew(b) ? features.reset_c[d] : call.c_0[d], shape, b, H);
+      });
   }
 
   void pack_projection(const Direction& w, const DirectionWeights<T>& from, int64_t panel) const {
@@ -330,8 +352,11 @@ struct ForwardPass {
       const T* gx = w.gx + (gx_row + b) * width + columns.column(panel);
       const T* gh = tile + r * tile_width;
       T* y = call.y.at(shape, t, b) + d * shape.state_size();
-      T* reserve =
-          call.reserve[d] ? call.reserve[d] + (shape.first_row(t) + b) * kSaved * hidden : nullptr;
+      T* reserve = call.reserve[d]
+                       ? call.reserve[d] +
+                             (shape.first_row(t) + b - call.reserve_first_row[d]) * kKept * hidden
+                       : nullptr;
+      const Beyond beyond = beyond_plain(d, t, b);
       for (int u = 0; u < unit_vectors; ++u) {
         const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
         Vec<T> x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
@@ -341,9 +366,15 @@ struct ForwardPass {
           h[g] = load(gh + (g * unit_vectors + u) * kLanes<T>);
         }
         if constexpr (Cell::kHasCellState) c = load(w.c + b * hidden + unit);
-        if constexpr (Cell::kReadsPreviousOutput) previous = load(h_prev + r * state + unit);
+        if (Cell::kReadsPreviousOutput || beyond.zoneout_h)
+          previous = load(h_prev + r * state + unit);
+        const Vec<T> c_prev = c;
         Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
-        if constexpr (Cell::kHasCellState) store(w.c + b * hidden + unit, c);
+        if (Cell::kReadsOutput && reserve) store(reserve + unit, out);
+        if (beyond.any) out = beyond.blend(out, previous, c, c_prev, unit, shape.hidden_size);
+        if constexpr (Cell::kHasCellState)
+          store(w.c + b * hidden + unit,
+                beyond.anew ? row_vector(beyond.reset_c, unit, shape.hidden_size) : c);
         if (reserve) {
 #pragma GCC unroll 8
           for (int i = 0; i < kSaved; ++i) store(reserve + i * hidden + unit, saved[i]);
@@ -352,18 +383,68 @@ struct ForwardPass {
           P::store(w.unprojected + b * hidden_stride(), unit, out, kLanes<T>);
         } else {
           out = round_to<T>(out, call.rounding);
-          store_h(w, s, b, unit, out);
+          store_h(d, s, b, unit,
+                  beyond.anew ? row_vector(beyond.reset_h, unit, shape.hidden_size) : out);
           store_upto(y + unit, out, shape.hidden_size - unit);
         }
       }
     }
   }
 
+  // What a row's step does beyond the cell itself.
+  struct Beyond {
+    bool any = false;
+    bool anew = false;  // does the row's next step start from the reset state?
+    const T *reset_h = nullptr, *reset_c = nullptr;
+    const T *zoneout_h = nullptr, *zoneout_c = nullptr;
+    T* cells = nullptr;
+
+    RNN_EXT_INLINE Vec<T> blend(Vec<T> h, Vec<T> h_prev, Vec<T>& c, Vec<T> c_prev, int64_t unit,
+                                int64_t H) const {
+      if (zoneout_h) h += row_vector(zoneout_h, unit, H) * (h_prev - h);
+      if constexpr (Cell::kHasCellState) {
+        if (zoneout_c) c += row_vector(zoneout_c, unit, H) * (c_prev - c);
+        if (cells) store_upto(cells + unit, c, H - unit);
+      }
+      return h;
+    }
+  };
+  RNN_EXT_INLINE Beyond beyond_plain(int d, int64_t t, int64_t b) const {
+    const int64_t H = shape.hidden_size, R = shape.state_size();
+    const auto row_of = [&](const auto& rows) {
+      return rows.data ? rows.at(shape, t, b) + d * H : nullptr;
+    };
+    Beyond beyond;
+    if (plain) return beyond;
+    beyond.zoneout_h = row_of(features.zoneout_h);
+    beyond.zoneout_c = row_of(features.zoneout_c);
+    beyond.cells = row_of(call.cells);
+    beyond.any = beyond.zoneout_h || beyond.zoneout_c || beyond.cells;
+    if (features.resets.data) {
+      const int64_t next = d == 0 ? t + 1 : t - 1;
+      beyond.anew = next >= 0 && next < shape.steps && b < shape.active(next) &&
+                    features.starts_anew(shape, d, next, b);
+      beyond.reset_h = state_row(features.reset_h[d], shape, b, R);
+      beyond.reset_c = state_row(features.reset_c[d], shape, b, H);
+    }
+    return beyond;
+  }
+  // A vector of a row of n values, null means zeros.
+  static RNN_EXT_INLINE Vec<T> row_vector(const T* row, int64_t unit, int64_t n) {
+    return row && unit < n ? load_upto(row + unit, n - unit) : Vec<T>{};
+  }
+
   // h_t of one vector of units, where the next position looks for it.
-  void store_h(const Direction& w, int64_t s, int64_t b, int64_t unit, Vec<T> h) const {
+  void store_h(int d, int64_t s, int64_t b, int64_t unit, Vec<T> h) const {
+    const Direction& w = directions[d];
     store(w.h[~s & 1] + b * padded(shape.state_size()) + unit, h);
-    if constexpr (!kValuesAreOperands)
-      P::store(w.h_operand[~s & 1] + b * state_stride(), unit, h, kLanes<T>);
+    if (separate_operands) store_operand(d, w.h_operand[~s & 1], b, unit, h);
+  }
+  void store_operand(int d, Element* operands, int64_t b, int64_t unit, Vec<T> h) const {
+    const int64_t R = shape.state_size();
+    if (const T* mask = state_row(features.hidden_mask[d], shape, b, R))
+      h *= row_vector(mask, unit, R);
+    P::store(operands + b * state_stride(), unit, h, kLanes<T>);
   }
 
   void projection_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin,
@@ -379,9 +460,12 @@ struct ForwardPass {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = begin + r;
       T* y = call.y.at(shape, t, b) + d * shape.state_size() + first;
+      const Beyond beyond = beyond_plain(d, t, b);
       for (int v = 0; v < vectors; ++v) {
         const Vec<T> out = round_to<T>(load(tile + r * tile_width + v * kLanes<T>), call.rounding);
-        store_h(w, s, b, first + v * kLanes<T>, out);
+        const int64_t unit = first + v * kLanes<T>;
+        store_h(d, s, b, unit,
+                beyond.anew ? row_vector(beyond.reset_h, unit, shape.proj_size) : out);
         store_upto(y + v * kLanes<T>, out, shape.proj_size - first - v * kLanes<T>);
       }
     }
@@ -392,24 +476,15 @@ struct ForwardPass {
     const int64_t R = shape.state_size(), H = shape.hidden_size;
     for (int64_t b = 0; b < shape.batch; ++b) {
       // Which of the two buffers holds the last h depends on the last position the row was active
-      // at. In direction 1 that is the end for every row: short rows start late there.
-      const int64_t steps = d == 0 ? steps_of_row(b) : shape.steps;
-      if (call.h_n[d]) copy_row(call.h_n[d] + b * R, w.h[steps & 1] + b * padded(R), R);
-      if (w.c && call.c_n[d]) copy_row(call.c_n[d] + b * H, w.c + b * padded(H), H);
+      // at. In direction 1 that is the end for every row: short rows start late there. A row that
+      // was not active at all has the same in both.
+      const int64_t first = features.first_position, last = features.end(shape);
+      const int64_t own = d == 0 ? steps_of_row(shape, b) : last;
+      const int64_t steps = own < first ? first : own < last ? own : last;
+      if (call.h_n[d])
+        copy_row(state_row(call.h_n[d], shape, b, R), w.h[steps & 1] + b * padded(R), R);
+      if (w.c && call.c_n[d]) copy_row(state_row(call.c_n[d], shape, b, H), w.c + b * padded(H), H);
     }
-  }
-
-  int64_t steps_of_row(int64_t b) const {
-    if (!shape.batch_sizes) return shape.steps;
-    int64_t low = 0, high = shape.steps;  // batch_sizes does not increase: bisect
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (shape.batch_sizes[middle] > b)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
   }
 };
 

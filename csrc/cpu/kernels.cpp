@@ -54,10 +54,11 @@ size_t backward_workspace(const BackwardCall<Value<P>>& call, const Plan& plan) 
 }
 
 template <class P>
-void backward(const BackwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team) {
+void backward(const BackwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team,
+              int64_t from, int64_t to) {
   with_cell(call.shape.cell, [&](auto cell) {
     const BackwardPass<P, decltype(cell)> pass(call, plan, workspace);
-    call.known[0].dgx ? pass.run_known(team) : pass.run(team);
+    call.known[0].dgx ? pass.run_known(team) : pass.run(team, from, to);
   });
 }
 

@@ -15,7 +15,9 @@ struct KernelsOf {
   // Only the chunk that begins at a position; chunks in order.
   void (*forward_chunk)(const ForwardCall<T>&, const Plan&, void* workspace, Member&, int64_t);
   size_t (*backward_workspace)(const BackwardCall<T>&, const Plan&);
-  void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&);
+  // Positions [from, to) of the way back; all of them in order, in one run or in several.
+  void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&, int64_t from,
+                   int64_t to);
   // Null where products are of bfloat16.
   size_t (*window_workspace)(const WindowCall<T>&, const WindowPlan&);
   void (*window)(const WindowCall<T>&, const WindowPlan&, void* workspace, Member&);

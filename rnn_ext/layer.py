@@ -1,0 +1,348 @@
+"""One recurrent layer with what a call may ask for beyond the plain recurrence: rows of different
+lengths, episode resets, masks, zoneout, every cell state, cut gradients, recomputation.
+
+This is the operator ``torch.ops.rnn_ext.recurrent_layer`` with its autograd formula; the modules
+walk through their layers with it (rnn_ext/features.py) when a call uses any of these. Shapes: T
+steps, B rows, D directions, I input size, H hidden size, R = ``proj_size`` if there is one, else H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnn_ext.fake import SAVED, compute_dtype, padded
+from rnn_ext.functional import GRU, LSTM, RNN_RELU
+
+__all__ = ["layer"]
+
+
+class _Call(NamedTuple):
+    """The operator's arguments that forward and backward share, in the order of its schema."""
+
+    input: Tensor
+    params: list[Tensor]
+    lengths: Tensor | None
+    resets: Tensor | None
+    h_0: Tensor | None
+    c_0: Tensor | None
+    reset_h: Tensor | None
+    reset_c: Tensor | None
+    hidden_mask: Tensor | None
+    zoneout_h: Tensor | None
+    zoneout_c: Tensor | None
+    cell: int
+    has_biases: bool
+    bidirectional: bool
+    batch_first: bool
+    detach_steps: int
+    checkpoint_steps: int
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def differentiable(self) -> list[Tensor | None]:
+        """In the order of the gradients that backward returns."""
+        return [self.input, self.h_0, self.c_0, self.reset_h, self.reset_c, *self.params]
+
+    def with_differentiable(self, tensors: Sequence[Tensor | None]) -> _Call:
+        names = ("input", "h_0", "c_0", "reset_h", "reset_c")
+        return self._replace(**dict(zip(names, tensors, strict=False)), params=list(tensors[5:]))
+
+
+_TENSORS = 11  # of _Call: those before the options
+
+
+def layer(
+    input: Tensor,
+    params: Sequence[Tensor],
+    *,
+    cell: int,
+    bias: bool,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    h_0: Tensor | None = None,
+    c_0: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    hidden_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    detach_steps: int = 0,
+    checkpoint_steps: int = 0,
+    return_cells: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer, one or both directions, over the whole sequence.
+
+    Args:
+        input: (T, B, I), with ``batch_first`` (B, T, I).
+        params: the layer's weights in the order of ``torch.nn.RNNBase._flat_weights``.
+        cell: a code of rnn_ext.functional.
+        lengths: (B,) int64 on the CPU: steps of each row, any order, zeros allowed.
+        resets: (T, B) bool, with ``batch_first`` (B, T): an episode begins at this step.
+        h_0, c_0: (D, B, R) and (D, B, H), zeros if missing; c_0 for the LSTM only.
+        reset_h, reset_c: likewise, what a row's state is at a reset; h_0 and c_0 if missing.
+        hidden_mask: (D, B, R), factors of the h_(t-1) that the recurrent product reads. Not
+            differentiated, as little as zoneout.
+        zoneout_h, zoneout_c: (T, B, D*H) or (B, T, D*H), may be expanded: how much of the state
+            before a step stays (0: nothing, 1: all of it).
+        detach_steps: gradients stop between every so many steps; 0: nowhere.
+        checkpoint_steps: keep states between segments of about so many steps for backward, which
+            runs each segment again; 0: keep everything.
+        return_cells: whether to return every c_t.
+
+    Returns:
+        output (T, B, D*R) in the layout of ``input``, zeros beyond a row's length; h_n (D, B, R);
+        c_n (D, B, H), empty unless LSTM; cells (T, B, D*H), empty unless asked for.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit.
+        TypeError: resets that are not bool.
+        ValueError: zoneout together with projections; negative steps.
+    """
+    call = _Call(
+        input, list(params), lengths, resets, h_0, c_0, reset_h, reset_c, hidden_mask,
+        zoneout_h, zoneout_c, cell, bias, bidirectional, batch_first, detach_steps,
+        checkpoint_steps,
+    )  # fmt: skip
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        cast = [_cast(t, dtype) for t in call[:1] + call[4:_TENSORS]]
+        call = call._replace(
+            input=cast[0],
+            params=[_cast(p, dtype) for p in params],
+            **dict(zip(_Call._fields[4:_TENSORS], cast[1:], strict=True)),
+        )
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in call.differentiable()
+    )
+    return torch.ops.rnn_ext.recurrent_layer(*call, return_cells, needs_grad)[:4]
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+
+@torch.library.register_fake("rnn_ext::recurrent_layer")
+def _fake(*args):
+    call, return_cells, save_reserve = _Call(*args[:-2]), args[-2], args[-1]
+    input = call.input
+    steps, batch = (input.shape[1], input.shape[0]) if call.batch_first else input.shape[:2]
+    hidden = call.params[0].shape[0] // {LSTM: 4, GRU: 3}.get(call.cell, 1)
+    state = call.params[1].shape[1]
+    directions, lstm = call.directions, call.cell == LSTM
+
+    def rows(width):
+        return input.new_empty((*input.shape[:2], directions * width))
+
+    size = 0
+    saved = SAVED.get(call.cell, int(call.zoneout_h is not None))
+    if save_reserve and call.checkpoint_steps > 0 and saved:
+        segments = (steps + call.checkpoint_steps - 1) // call.checkpoint_steps
+        size = segments * directions * batch * (state + (hidden if lstm else 0))
+    elif save_reserve and saved:
+        count = steps * batch
+        if call.lengths is not None:
+            count = torch.library.get_ctx().new_dynamic_size()
+        size = directions * count * saved * padded(hidden)
+    return (
+        rows(state),
+        input.new_empty((directions, batch, state)),
+        input.new_empty((directions, batch, hidden) if lstm else (0,)),
+        rows(hidden) if return_cells else input.new_empty((0,)),
+        input.new_empty((size,), dtype=compute_dtype(input.dtype)),
+    )
+
+
+@torch.library.register_fake("rnn_ext::recurrent_layer_backward")
+def _fake_backward(*args):
+    output_mask = args[-1]
+    call = _Call(*args[4 : 4 + _TENSORS], *args[6 + _TENSORS : -1])
+    return [
+        call.input.new_empty(t.shape if asked and t is not None else (0,))
+        for t, asked in zip(call.differentiable(), output_mask, strict=True)
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    call = _Call(*inputs[:-2])
+    ctx.options = call[_TENSORS:]
+    ctx.num_params = len(call.params)
+    ctx.save_for_backward(call.input, *call.params, *call[2:_TENSORS], output[0], output[4])
+    ctx.set_materialize_grads(False)
+
+
+def _saved_call(ctx) -> tuple[_Call, Tensor, Tensor]:
+    input, *rest = ctx.saved_tensors
+    params, rest = rest[: ctx.num_params], rest[ctx.num_params :]
+    return _Call(input, list(params), *rest[:-2], *ctx.options), rest[-2], rest[-1]
+
+
+def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
+    call, output, reserve = _saved_call(ctx)
+    if grad_cells is not None and grad_cells.dim() == 1:  # of cells that were not asked for
+        grad_cells = None
+    grads = [grad_output, grad_h_n, grad_c_n, grad_cells]
+    needs = list(ctx.needs_input_grad[: len(_Call._fields)])
+    param_needs = needs[1] if isinstance(needs[1], (list, tuple)) else [needs[1]] * ctx.num_params
+    mask = [needs[0], *needs[4:8], *param_needs]
+    found = torch.ops.rnn_ext.recurrent_layer_backward(
+        *grads, *call[:_TENSORS], output, reserve, *call[_TENSORS:], mask
+    )
+    given = call.differentiable()
+    found = [
+        g if asked and t is not None else None
+        for g, asked, t in zip(found, mask, given, strict=True)
+    ]
+    return (
+        found[0], found[5:], None, None, *found[1:5], *[None] * (len(_Call._fields) - 8),
+        None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("rnn_ext::recurrent_layer", _backward, setup_context=_setup_context)
+
+
+def _setup_double(ctx, inputs, output):
+    call = _Call(*inputs[4 : 4 + _TENSORS], *inputs[6 + _TENSORS : -1])
+    ctx.options = call[_TENSORS:]
+    ctx.num_params = len(call.params)
+    ctx.mask = list(inputs[-1])
+    ctx.save_for_backward(*inputs[:4], call.input, *call.params, *call[2:_TENSORS])
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, found_grads):
+    """Derivatives of the gradients: the layer in differentiable torch operations, twice derived."""
+    grads, (input, *rest) = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    params, rest = rest[: ctx.num_params], rest[ctx.num_params :]
+    call = _Call(input, list(params), *rest, *ctx.options)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views that autograd can tell apart: a tensor used twice has a gradient for each use.
+        grads, leaves = map(_differentiable_views, (grads, call.differentiable()))
+        outputs = composite(call.with_differentiable(leaves))
+        started = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
+        wanted = [t for t, asked in zip(leaves, ctx.mask, strict=True) if asked and t is not None]
+        first = torch.autograd.grad(
+            [y for y, _ in started], wanted, [g for _, g in started],
+            create_graph=True, allow_unused=True,
+        )  # fmt: skip
+        given = [
+            g
+            for g, t, asked in zip(found_grads, leaves, ctx.mask, strict=True)
+            if asked and t is not None
+        ]
+        pairs = [
+            (y, g)
+            for y, g in zip(first, given, strict=True)
+            if y is not None and g is not None and y.requires_grad
+        ]
+        sources = [t for t in (*grads, *leaves) if t is not None]
+        second = [None] * len(sources)
+        if pairs:
+            second = torch.autograd.grad(
+                [y for y, _ in pairs], sources, [g for _, g in pairs],
+                create_graph=create_graph, allow_unused=True,
+            )  # fmt: skip
+    second = iter(second)
+    all_found = [None if t is None else next(second) for t in (*grads, *leaves)]
+    of_grads, of_call = all_found[:4], all_found[4:]
+    rest = len(_Call._fields) - 8
+    return (
+        *of_grads, of_call[0], of_call[5:], None, None, *of_call[1:5], None, None, None,
+        None, None, *[None] * (rest - 3), None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd(
+    "rnn_ext::recurrent_layer_backward", _double_backward, setup_context=_setup_double
+)
+
+
+def _differentiable_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    views = [None if t is None else t.view_as(t) for t in tensors]
+    return [t if t is None or t.requires_grad else t.requires_grad_() for t in views]
+
+
+def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The layer in differentiable torch operations, step by step: output, h_n, c_n, cells.
+
+    Slow, and exact to any order of derivative.
+    """
+    x = call.input.transpose(0, 1) if call.batch_first else call.input
+    steps, batch, _ = x.shape
+    lstm, directions = call.cell == LSTM, call.directions
+    state = call.params[1].shape[1]
+    hidden = call.params[0].shape[0] // {LSTM: 4, GRU: 3}.get(call.cell, 1)
+    per_direction = len(call.params) // directions
+
+    def in_time(t):
+        return t.transpose(0, 1) if t is not None and call.batch_first else t
+
+    resets, zoneout_h, zoneout_c = map(in_time, (call.resets, call.zoneout_h, call.zoneout_c))
+    lengths = call.lengths if call.lengths is not None else torch.full((batch,), steps)
+    outputs, all_cells, h_n, c_n = [], [], [], []
+    for d in range(directions):
+        params = call.params[d * per_direction : (d + 1) * per_direction]
+        w_ih, w_hh = params[:2]
+        b_ih, b_hh = params[2:4] if call.has_biases else (None, None)
+        w_hr = params[-1] if state != hidden or per_direction % 2 else None
+        zero_h, zero_c = x.new_zeros(batch, state), x.new_zeros(batch, hidden)
+        h = zero_h if call.h_0 is None else call.h_0[d]
+        c = zero_c if call.c_0 is None else call.c_0[d]
+        reset_h = h if call.reset_h is None else call.reset_h[d]
+        reset_c = c if call.reset_c is None else call.reset_c[d]
+        units = slice(d * hidden, (d + 1) * hidden)
+        ys, cs = [zero_h] * steps, [zero_c] * steps
+        for t in range(steps) if d == 0 else reversed(range(steps)):
+            active = (t < lengths)[:, None]
+            position = torch.full_like(lengths, t) if d == 0 else lengths - 1 - t
+            if call.detach_steps > 0:
+                cut = active & ((position > 0) & (position % call.detach_steps == 0))[:, None]
+                h, c = torch.where(cut, h.detach(), h), torch.where(cut, c.detach(), c)
+            if resets is not None:
+                if d == 0:
+                    anew = resets[t]
+                else:
+                    anew = (
+                        resets[t + 1] & (t + 1 < lengths)
+                        if t + 1 < steps
+                        else torch.zeros_like(resets[0])
+                    )
+                anew = anew[:, None] & active
+                h, c = torch.where(anew, reset_h, h), torch.where(anew, reset_c, c)
+            read = h if call.hidden_mask is None else h * call.hidden_mask[d]
+            gx = torch.nn.functional.linear(x[t], w_ih, b_ih)
+            gh = torch.nn.functional.linear(read, w_hh, b_hh)
+            new_c = c
+            if lstm:
+                i, f, g, o = (gx + gh).chunk(4, 1)
+                new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                new_h = o.sigmoid() * new_c.tanh()
+                if w_hr is not None:
+                    new_h = torch.nn.functional.linear(new_h, w_hr)
+            elif call.cell == GRU:
+                (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, 1), gh.chunk(3, 1)
+                n = (xn + (xr + hr).sigmoid() * hn).tanh()
+                new_h = n + (xz + hz).sigmoid() * (h - n)
+            else:
+                new_h = (gx + gh).relu() if call.cell == RNN_RELU else (gx + gh).tanh()
+            if zoneout_h is not None:
+                new_h = new_h + zoneout_h[t, :, units] * (h - new_h)
+            if zoneout_c is not None:
+                new_c = new_c + zoneout_c[t, :, units] * (c - new_c)
+            h, c = torch.where(active, new_h, h), torch.where(active, new_c, c)
+            ys[t], cs[t] = torch.where(active, h, 0), torch.where(active, c, 0)
+        outputs.append(torch.stack(ys))
+        all_cells.append(torch.stack(cs))
+        h_n.append(h)
+        c_n.append(c)
+    output, cells = in_time(torch.cat(outputs, 2)), in_time(torch.cat(all_cells, 2))
+    return output, torch.stack(h_n), torch.stack(c_n) if lstm else None, cells if lstm else None
