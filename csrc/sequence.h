@@ -191,10 +191,10 @@ struct BackwardCall {
   const T* dc_n[kMaxDirections] = {};         // (B, H), null means zeros
   const Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
   DirectionGradients<T> gradients[kMaxDirections];
+  KnownGradients<T> known[kMaxDirections];  // of all directions or none
   Features<T> features;
   StepRows<const T> dcells;                        // (T, B, D*H), null data means zeros
   int64_t reserve_first_row[kMaxDirections] = {};  // as in forward
-  KnownGradients<T> known[kMaxDirections];         // of all directions or none
 };
 
 }  // namespace rnn_ext

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rnn_ext import functional as F
 
@@ -44,15 +43,35 @@ class _WindowBackward(torch.autograd.Function):
         return output, h_n, c_n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         input, h_0, c_0, output, reserve, *params = ctx.saved_tensors
         asked = list(ctx.needs_input_grad[2:])
-        results = torch.ops.rnn_ext.recurrent_window_backward(
-            *grads, input, h_0, c_0, params, output, reserve, *ctx.options, ctx.steps, asked
+        with torch.no_grad():
+            results = torch.ops.rnn_ext.recurrent_window_backward(
+                *grads, input, h_0, c_0, params, output, reserve, *ctx.options, ctx.steps, asked
+            )
+        wanted = [result for result, ask in zip(results, asked, strict=True) if ask]
+        if torch.is_grad_enabled():  # create_graph
+            wanted = iter(_NoSecondDerivative.apply(len(wanted), *wanted, input, *params))
+        else:
+            wanted = iter(wanted)
+        return (None, None, *(next(wanted) if ask else None for ask in asked))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients that depend on the operands after them in a way that nobody can go back through:
+    without this a second derivative would silently be that of constants."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "truncated BPTT over a window has no second derivative: its gradients are not the "
+            "derivative of any loss"
         )
-        wanted = [result if ask else None for result, ask in zip(results, asked, strict=True)]
-        return (None, None, *wanted)
 
 
 def window_bptt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import rnn_ext
-from helpers import threads
+from helpers import Call, assert_matches_torch, threads
 from numpy_twin import CELLS, Arrays, assert_close, cell_name, make_module, max_error, random_step
 from references import LINEAR, STANDARD, Activation, stack, window
 from rnn_ext import _C
@@ -249,50 +251,58 @@ def assert_same_bits(actual: Arrays, expected: Arrays) -> None:
         assert np.array_equal(actual[name], value), name
 
 
-def double_loop(module: nn.RNNBase, step: Step, steps: int) -> Arrays:
-    """By torch.nn and autograd, in the module's dtype."""
-    x, initial, doutput, dfinal = step
-    x = x.detach().requires_grad_()
-    initial = [state.detach().requires_grad_() for state in initial]
-    wanted = [x, *initial, *module._flat_weights]
-    sums = [torch.zeros_like(tensor) for tensor in wanted]
+class Windowed:
+    """A module of rnn_ext whose forward is window_bptt."""
 
-    def forward(inputs: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        output, final = module(inputs, tuple(states) if len(states) == 2 else states[0])
-        return output, list(final) if isinstance(final, tuple) else [final]
+    window = 5
 
-    states = [initial]
-    with torch.no_grad():
+    def forward(self, x: Tensor, hx: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, object]:
+        lstm = self.mode == "LSTM"
+        output, *final = call(self, x, hx if lstm else [hx], self.window)
+        return output, (tuple(final) if lstm else final[0])
+
+
+class DoubleLoop:
+    """A module of torch.nn whose output[t] is that of a call of k steps from a constant state."""
+
+    window = 5
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, object]:
+        run = super().forward
+        states = [hx]
+        with torch.no_grad():
+            for t in range(len(x)):
+                states.append(run(x[t : t + 1], states[-1])[1])
+        outputs = []
         for t in range(len(x)):
-            states.append(forward(x[t : t + 1], states[-1])[1])
-    for t in range(len(x)):
-        start = max(0, t - steps + 1)
-        output, final = forward(x[start : t + 1], states[start])
-        losses, dlosses = [output[-1]], [doutput[t]]
-        if t == len(x) - 1:
-            losses, dlosses = losses + final, dlosses + dfinal
-        found = torch.autograd.grad(losses, wanted, dlosses, allow_unused=True)
-        for total, part in zip(sums, found, strict=True):
-            if part is not None:
-                total += part
-    output, final = forward(x, initial)
-    return arrays(module, [output, *final], sums)
+            start = max(0, t - self.window + 1)
+            output, final = run(x[start : t + 1], states[start])
+            outputs.append(output[-1])
+        return torch.stack(outputs), final
 
 
-# Errors are those of the largest element. At most twice that of torch's own double loop, or a few
-# roundings where that is lucky.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def variant(library: ModuleType, way: type) -> SimpleNamespace:
+    """The library with forward replaced."""
+    names = ("RNN", "LSTM", "GRU")
+    return SimpleNamespace(
+        **{name: type(name, (way, getattr(library, name)), {}) for name in names}
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @each_cell
 def test_no_less_accurate_than_torch(cell: str, num_layers: int, dtype: torch.dtype) -> None:
-    module = make_module(rnn_ext, cell, 12, 24, dtype=dtype, num_layers=num_layers)
-    torchs = make_module(nn, cell, 12, 24, dtype=dtype, num_layers=num_layers)
-    step = random_step(module, 20, 6)
-    exact = reference(module, step, 5)
-    ours, theirs = run(module, step, 5), double_loop(torchs, step, 5)
-    for name, truth in exact.items():
-        allowed = 2 * max_error(theirs[name], truth) + 2 * torch.finfo(dtype).eps
-        assert max_error(ours[name], truth) <= allowed, name
+    ours = make_module(variant(rnn_ext, Windowed), cell, 12, 24, dtype=dtype, num_layers=num_layers)
+    theirs = make_module(variant(nn, DoubleLoop), cell, 12, 24, dtype=dtype, num_layers=num_layers)
+    x, initial, _, _ = random_step(ours, 20, 6)
+    leaves = {"input": x, **{f"{s}_0": state for s, state in zip(STATES, initial, strict=False)}}
+
+    def arrange(leaves: dict[str, Tensor]) -> tuple[object, ...]:
+        x, *states = leaves.values()
+        return x, (tuple(states) if len(states) == 2 else states[0])
+
+    assert_matches_torch(ours, Call(leaves, arrange), theirs)
 
 
 @each_cell
@@ -478,7 +488,7 @@ def test_second_derivatives_are_refused() -> None:
     x, initial, _, _ = random_step(module, STEPS, BATCH)
     output, _ = call(module, x, initial, 3)
     gradient = torch.autograd.grad(output.sum(), module.weight_hh_l0, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(gradient[0].sum(), module.weight_hh_l0)
 
 
@@ -498,3 +508,20 @@ def test_wrong_sizes_are_torch_errors() -> None:
         call(module, x, [initial[0][:, :-1]], 3)
     with pytest.raises(RuntimeError, match="3 dimensions"):
         call(module, x[:, 0], initial, 3)
+
+
+@pytest.mark.parametrize("steps", [3, STEPS])
+def test_flops_are_those_of_the_products(steps: int) -> None:
+    module = make_module(rnn_ext, "lstm_proj", INPUT, HIDDEN, num_layers=2)
+    step = random_step(module, STEPS, BATCH)
+    with FlopCounterMode(display=False) as forward:
+        module(step[0], tuple(step[1]))
+    with FlopCounterMode(display=False) as both:
+        operator(module, step, steps)
+    passed = sum(min(t + 1, steps) for t in range(STEPS))  # by all chains; out of each but the last
+    left = passed - sum(t >= steps for t in range(STEPS))
+    H, R, gates = HIDDEN, module.proj_size, 4 * HIDDEN
+    chains = 2 * left * gates * R + passed * (R * gates + 2 * H * R)
+    every_row = STEPS * (gates * INPUT + gates * R + 2 * (gates * R + H * R) + gates * INPUT)
+    expected = 2 * BATCH * (chains + every_row)
+    assert both.get_total_flops() - forward.get_total_flops() == expected

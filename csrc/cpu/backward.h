@@ -142,10 +142,7 @@ struct BackwardPass {
                 [&](Member& member, const Part& part, int64_t i) { step(member, part, i); });
       s = stop;
       if (s < end) return;
-      pack_chunk(team, begin, end);
-      weight_gradients(team, begin, end);
-      if (call.dx.data)
-        for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, begin, end);
+      products(team, begin, end);
     }
     if (to < shape.steps) return;
     step(team, Part::all(shape, plan), shape.steps);  // the last product: dL/dh_0
@@ -160,10 +157,7 @@ struct BackwardPass {
       team.for_each(shape.directions * blocks, [&](int64_t i) {
         take_known(int(i / blocks), s, end, i % blocks * kMaxRowBlock);
       });
-      pack_chunk(team, s, end);
-      weight_gradients(team, s, end);
-      if (call.dx.data)
-        for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
+      products(team, s, end);
     }
   }
 
@@ -497,6 +491,14 @@ struct BackwardPass {
       }
     }
     return u.dh_prev;
+  }
+
+  // All that follows from the gate gradients of a chunk.
+  void products(Member& team, int64_t s, int64_t end) const {
+    pack_chunk(team, s, end);
+    weight_gradients(team, s, end);
+    if (call.dx.data)
+      for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
   }
 
   // Left operands in blocks (with the bias sums, which read the same values), right ones in panels.

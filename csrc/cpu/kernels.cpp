@@ -57,7 +57,7 @@ template <class P>
 void backward(const BackwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team,
               int64_t from, int64_t to) {
   with_cell(call.shape.cell, [&](auto cell) {
-    BackwardPass<P, decltype(cell)> pass(call, plan, workspace);
+    const BackwardPass<P, decltype(cell)> pass(call, plan, workspace);
     call.known[0].dgx ? pass.run_known(team) : pass.run(team, from, to);
   });
 }
