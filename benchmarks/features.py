@@ -1,4 +1,4 @@
-"""What the modules do beyond torch.nn's, against its bars: lengths, resets, states, checkpoints.
+"""What the modules do beyond torch.nn's, against its bars: lengths, resets, layer norm, memory.
 
     python benchmarks/features.py                 a minute or two
     python benchmarks/features.py --only resets   one of them
@@ -11,6 +11,7 @@ Truncated BPTT over a window has a file of its own, window.py.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnn_ext
@@ -41,6 +43,8 @@ BEFORE_LOOP = 10.0
 CHECKPOINT_MEMORY = 0.25
 CHECKPOINT_TIME = 1.6
 ALL_STATES = 1.0
+OVER_NO_NORM = 2.0
+BEFORE_NORM_LOOP = 5.0
 
 MODES = ("inference", "training")
 State = tuple[Tensor, Tensor]
@@ -286,6 +290,68 @@ def bench_all_states(
         )
 
 
+# ------------------------------------------------------------------------- layer normalization
+
+
+def normalized_loop(module: nn.LSTM, x: Tensor) -> Tensor:
+    """A loop over torch operations, all that does not wait for h taken out of it."""
+    steps, batch, _ = x.shape
+    hidden, gates = module.hidden_size, (4 * module.hidden_size,)
+    h = c = x.new_zeros(batch, hidden)
+    of_x = functional.layer_norm(functional.linear(x, module.weight_ih_l0), gates)
+    of_x = of_x * module.norm_ih_l0 + (module.bias_ih_l0 + module.bias_hh_l0)
+    outputs = []
+    for t in range(steps):
+        of_h = functional.layer_norm(h @ module.weight_hh_l0.T, gates, module.norm_hh_l0)
+        i, f, g, o = (of_x[t] + of_h).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        seen = functional.layer_norm(c, (hidden,), module.norm_c_l0, module.norm_c_bias_l0)
+        h = o.sigmoid() * seen.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def bench_layer_norm(
+    bench: Bench, steps: int = 50, batch: int = 16, size: int = 128
+) -> Iterator[Verdict]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(steps, batch, size, generator=generator)
+    weight = torch.randn(steps, batch, size, generator=generator)
+    torch.manual_seed(0)
+    ours = rnn_ext.LSTM(size, size, layer_norm=True)
+    exact = copy.deepcopy(ours).double()
+    _, without, _ = modules(size, size)
+
+    def fused(module: nn.LSTM, x: Tensor) -> Tensor:
+        return module(x)[0]
+
+    for mode in MODES:
+        training = mode == "training"
+        sides = {
+            "rnn_ext, layer norm": Side(ours, x, fused, weight, training),
+            "torch, Python loop": Side(copy.deepcopy(ours), x, normalized_loop, weight, training),
+        }
+        check(sides, "torch, Python loop", Side(exact, x, normalized_loop, weight, training))
+        sides["rnn_ext, without"] = Side(without, x, fused, weight, training)
+        where = f"LSTM T{steps} B{batch} H{size} {mode}"
+        found, healthy = bench.time(f"layer norm: {where}", sides)
+        mine = found["rnn_ext, layer norm"]
+        if training:
+            yield from at_most(
+                f"layer norm, {mode}: time over that of the plain LSTM <= {OVER_NO_NORM}x",
+                [Figure(mine / found["rnn_ext, without"], where, healthy)],
+                OVER_NO_NORM,
+                times,
+            )
+        yield from at_least(
+            f"layer norm, {mode}: faster than a Python loop over torch operations "
+            f">= {BEFORE_NORM_LOOP}x",
+            [Figure(found["torch, Python loop"] / mine, where, healthy)],
+            BEFORE_NORM_LOOP,
+            times,
+        )
+
+
 # ------------------------------------------------------------------------- checkpoints
 
 
@@ -379,6 +445,7 @@ BENCHES: dict[str, Callable[[Bench], Iterator[Verdict]]] = {
     "lengths": bench_lengths,
     "resets": bench_resets,
     "all_states": bench_all_states,
+    "layer_norm": bench_layer_norm,
     "checkpoints": bench_checkpoints,
 }
 

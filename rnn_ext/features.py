@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from rnn_ext.functional import GRU, LSTM, RNN_RELU, RNN_TANH
-from rnn_ext.layer import layer
+from rnn_ext.layer import LayerNorm, layer
 
 __all__ = ["AllStates", "stream"]
 
@@ -108,6 +108,12 @@ def _zoneout(module: nn.Module, name: str, value: Any) -> float | tuple[float, f
     return h if h == c else (h, c)
 
 
+def _layer_norm(module: nn.Module, name: str, value: Any) -> bool:
+    if value is not module.layer_norm:
+        raise ValueError(f"{name} has parameters of its own: choose it in the constructor")
+    return value
+
+
 class Options:
     """The options of all recurrent modules, as class attributes that hold the defaults."""
 
@@ -120,11 +126,47 @@ class Options:
     hidden_dropout = Option(0.0, _probability)
     weight_dropout = Option(0.0, _probability)
     zoneout = Option(0.0, _zoneout)
+    layer_norm = Option(False, _layer_norm)
 
 
 OPTION_NAMES = tuple(name for name, value in vars(Options).items() if isinstance(value, Option))
 # What a module computes is the same with and without these.
 _KEEPS_RESULTS = {"checkpoint_steps", "bptt_style"}
+
+
+# Gains and a bias of layer normalization: names of parameters, and what they start from.
+_NORMS = {"norm_ih": 1.0, "norm_hh": 1.0, "norm_c": 1.0, "norm_c_bias": 0.0}
+
+
+def _norm_names(module: nn.Module) -> list[str]:
+    return list(_NORMS) if module.mode == "LSTM" else list(_NORMS)[:2]
+
+
+def _slot_suffixes(module: nn.Module, layer: int) -> list[str]:
+    """Of parameters' names, one for each direction."""
+    return [f"_l{layer}", f"_l{layer}_reverse"][: 2 if module.bidirectional else 1]
+
+
+def add_layer_norm(module: nn.Module) -> None:
+    """Gives a module the parameters of layer normalization, and the option that says so."""
+    if module.proj_size > 0:
+        raise ValueError("layer_norm of an LSTM with projections is not defined")
+    like = module.weight_hh_l0
+    for k in range(module.num_layers):
+        for suffix in _slot_suffixes(module, k):
+            for name in _norm_names(module):
+                size = module.hidden_size if name.startswith("norm_c") else like.size(0)
+                setattr(module, name + suffix, nn.Parameter(like.new_empty(size)))
+    module._options = {**(module._options or {}), "layer_norm": True}
+    reset_layer_norm(module)
+
+
+@torch.no_grad()
+def reset_layer_norm(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        start = _NORMS.get(name.partition("_l")[0])
+        if start is not None:
+            parameter.fill_(start)
 
 
 def check_number(name: str, value: Any) -> None:
@@ -150,6 +192,7 @@ def in_use(module: nn.Module) -> bool:
         (truncates and torch.is_grad_enabled())
         or (drops and module.training)
         or module.zoneout != 0.0
+        or module.layer_norm
     )
 
 
@@ -373,6 +416,7 @@ class _Call:
             "return_all_states": self.return_all_states,
             "checkpoint_steps": module.checkpoint_steps is not None,
             "zoneout": module.zoneout != 0.0,
+            "layer_norm": module.layer_norm,
         }
         for name in ("input_dropout", "hidden_dropout", "weight_dropout"):
             asked[name] = module.training and getattr(module, name) > 0
@@ -406,7 +450,7 @@ class _Call:
                 bidirectional=module.bidirectional, batch_first=call.batch_first,
                 lengths=call.lengths, resets=call.resets, h_0=h_0, c_0=c_0, reset_h=reset_h,
                 reset_c=reset_c, hidden_mask=hidden_mask, zoneout_h=zoneout_h,
-                zoneout_c=zoneout_c, return_cells=cells_wanted,
+                zoneout_c=zoneout_c, norm=self.layer_norm(k), return_cells=cells_wanted,
                 detach_steps=(module.bptt_steps or 0) if recording else 0,
                 checkpoint_steps=(module.checkpoint_steps or 0) if recording else 0,
             )  # fmt: skip
@@ -432,6 +476,18 @@ class _Call:
                 weight = params[place]
                 params[place] = weight * _dropout_mask(weight.shape, module.weight_dropout, weight)
         return params
+
+    def layer_norm(self, layer: int) -> LayerNorm | None:
+        module = self.module
+        if not module.layer_norm:
+            return None
+        suffixes = _slot_suffixes(module, layer)
+        return LayerNorm(
+            *(
+                torch.stack([getattr(module, name + suffix) for suffix in suffixes])
+                for name in _norm_names(module)
+            )
+        )
 
     def drop_input(self, x: Tensor, call: _Padded) -> Tensor:
         module = self.module

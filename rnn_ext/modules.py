@@ -65,8 +65,15 @@ class _Recurrent(_NotScriptable, features.Options, nn.RNNBase):
     def __init__(self, *args, **kwargs) -> None:
         options = {name: kwargs.pop(name) for name in self._keywords if name in kwargs}
         super().__init__(*args, **kwargs)
+        if options.pop("layer_norm", False):
+            features.add_layer_norm(self)
         for name, value in options.items():
             setattr(self, name, value)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.layer_norm:
+            features.reset_layer_norm(self)
 
     def _weights(self) -> list[Tensor]:
         """In the order of ``_flat_weights``, but never stale as that list can be."""
@@ -249,7 +256,11 @@ _OPTIONS_DOC = """
         weight_dropout: probability of dropping an entry of weight_hh for the whole sequence
             (DropConnect, Merity et al. 2018). Default: 0.
         zoneout: probability of a unit to keep its h of the step before{pair} (Krueger et al.
-            2017); in ``eval()`` the mean of both is taken. Default: 0.{more}
+            2017); in ``eval()`` the mean of both is taken. Default: 0.
+        layer_norm: normalize what the gates add up, weight_ih x_t and weight_hh h_(t-1) each over
+            all gates, and the c_t that the LSTM's output reads (Ba et al. 2016), before the biases.
+            Has parameters, for each layer and direction norm_ih_l0, norm_hh_l0 (gains, (G*H)), for
+            the LSTM norm_c_l0, norm_c_bias_l0 (H); in the constructor only. Default: False.{more}
 
     Of what is dropped the rest is scaled, as in ``dropout``, and in ``eval()`` nothing is dropped.
     Masks follow from ``torch.manual_seed``, whatever the number of threads. ``forward`` takes more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -572,6 +573,7 @@ def test_window_of_an_unbatched_sequence() -> None:
         ({}, {"return_all_states": True}, "return_all_states"),
         ({"checkpoint_steps": 2}, {}, "checkpoint_steps"),
         ({"zoneout": 0.1}, {}, "zoneout"),
+        ({"layer_norm": True}, {}, "layer_norm"),
         ({"input_dropout": 0.1}, {}, "input_dropout"),
         ({"hidden_dropout": 0.1}, {}, "hidden_dropout"),
         ({"weight_dropout": 0.1}, {}, "weight_dropout"),
@@ -781,6 +783,117 @@ def test_dropout_between_layers_comes_with_the_others() -> None:
     with torch.no_grad():
         silent.weight_ih_l1.zero_()
     assert_same(module(x, lengths=[STEPS] * BATCH), silent(x))
+
+
+# ------------------------------------------------------------------------- layer normalization
+
+
+def build_normalized(cell: str, **options: Any) -> Any:
+    """With gains and biases that are not the ones they start from."""
+    module = build(cell, layer_norm=True, **options)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("norm"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def numpy_norms(module: nn.RNNBase) -> list[list[reference.Norm]]:
+    """For each layer and direction."""
+    names = ["norm_ih", "norm_hh"] + (["norm_c", "norm_c_bias"] if module.mode == "LSTM" else [])
+    suffixes = ["", "_reverse"] if module.bidirectional else [""]
+    return [
+        [
+            reference.Norm(*(getattr(module, f"{n}_l{k}{suffix}").detach().numpy() for n in names))
+            for suffix in suffixes
+        ]
+        for k in range(module.num_layers)
+    ]
+
+
+NORMALIZED = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
+
+
+@pytest.mark.parametrize("cell", NORMALIZED)
+@each_form
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}],
+    ids=["one", "stack_of_two_ways", "no_bias"],
+)
+def test_layer_norm_equals_numpy(cell: str, form: str, options: dict[str, Any]) -> None:
+    module = build_normalized(cell, **options)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    given = arguments(module, form)
+    norms = numpy_norms(module)
+    output, state = module(x, hx, **given)
+    every, final = reference.stack(
+        cell, x.numpy(), to_numpy(hx), numpy_params(module),
+        directions=2 if module.bidirectional else 1,
+        of_layer=lambda k, x: (x, {"norm": norms[k]}), **numpy_arguments(given),
+    )  # fmt: skip
+    assert_same(output, torch.from_numpy(every[-1][0]))
+    assert_same(state, as_state(tuple(map(torch.from_numpy, final))))
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck_of_layer_norm(cell: str, masked: bool) -> None:
+    module = build_normalized(cell, num_layers=2, bidirectional=True)
+    if masked:
+        module.hidden_dropout = module.weight_dropout = module.zoneout = 0.3
+    x, hx, reset_state = draw(4, 3, INPUT), draw_state(module, 3), draw_state(module, 1)
+    resets = torch.rand(4, 3) < 0.4
+    wanted = leaves(module, x, *parts(hx), *parts(reset_state))
+    names = [name for name, _ in module.named_parameters()]
+    count = len(parts(hx))
+
+    def call(x: Tensor, *rest: Tensor) -> list[Tensor]:
+        torch.manual_seed(5)
+        states, weights = rest[: 2 * count], dict(zip(names, rest[2 * count :], strict=True))
+        keywords = {
+            "lengths": [4, 2, 3], "resets": resets, "reset_state": as_state(states[count:]),
+            "return_all_states": True,
+        }  # fmt: skip
+        output, state, all_states = torch.func.functional_call(
+            module, weights, (x, as_state(states[:count])), keywords
+        )
+        return [output, *parts(state), all_states.h[0], *(all_states.c or ())]
+
+    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
+
+
+def test_parameters_of_layer_norm() -> None:
+    options = {"num_layers": 2, "bidirectional": True}
+    torch.manual_seed(0)
+    module = rnn_ext.LSTM(2, 3, layer_norm=True, forget_bias=1.0, **options)
+    torch.manual_seed(0)
+    twin = rnn_ext.LSTM(2, 3, forget_bias=1.0, **options)
+    mine, theirs = module.state_dict(), twin.state_dict()
+    norms = [name for name in mine if name not in theirs]
+    slots = ["l0", "l0_reverse", "l1", "l1_reverse"]
+    starts = {"norm_ih": (12, 1.0), "norm_hh": (12, 1.0), "norm_c": (3, 1.0)}
+    starts["norm_c_bias"] = (3, 0.0)
+    assert sorted(norms) == sorted(f"{name}_{slot}" for name in starts for slot in slots)
+    for _ in range(2):
+        for name in norms:
+            size, start = starts[name.partition("_l")[0]]
+            assert torch.equal(module.state_dict()[name], torch.full((size,), start))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        module.reset_parameters()
+        mine, theirs = module.state_dict(), {}
+    assert module.layer_norm
+    assert "layer_norm=True" in repr(module)
+    again = pickle.loads(pickle.dumps(module))
+    x = torch.randn(STEPS, BATCH, 2)
+    assert torch.equal(again(x)[0], module(x)[0])
+    assert list(rnn_ext.GRU(2, 3, layer_norm=True).state_dict())[-2:] == [
+        "norm_ih_l0",
+        "norm_hh_l0",
+    ]
+    assert (
+        rnn_ext.GRU(2, 3, layer_norm=False).state_dict().keys() == nn.GRU(2, 3).state_dict().keys()
+    )
 
 
 # ------------------------------------------------------------------------- forms of input
@@ -997,7 +1110,9 @@ def test_options_of_one_module_are_not_those_of_its_copy() -> None:
         assert (module.zoneout, module.hidden_dropout) == (0.5, 0.0)
 
 
-@pytest.mark.parametrize("name", [*features.OPTION_NAMES, "forget_bias"])
+@pytest.mark.parametrize(
+    "name", [*sorted({*features.OPTION_NAMES} - {"layer_norm"}), "forget_bias"]
+)
 def test_state_dict_and_initial_weights_are_torchs(name: str) -> None:
     values = {"bptt_steps": 2, "bptt_style": "window", "checkpoint_steps": 3}
     torch.manual_seed(0)
@@ -1059,6 +1174,7 @@ def test_options_come_with_a_converted_module() -> None:
         {"hidden_dropout": 0.1},
         {"weight_dropout": 0.1},
         {"zoneout": 0.1},
+        {"layer_norm": True},
     ],
     ids=str,
 )
@@ -1070,6 +1186,8 @@ def test_to_torch_refuses_what_torch_cannot_do(options: dict, parametrized: bool
     with pytest.raises(ValueError, match=f"'1' has {next(iter(options))}=.*which torch.nn lacks"):
         rnn_ext.to_torch(model)
     assert isinstance(model[1], rnn_ext.LSTM)
+    if "layer_norm" in options:
+        return
     setattr(model[1], next(iter(options)), getattr(rnn_ext.LSTM, next(iter(options))))
     assert not isinstance(rnn_ext.to_torch(model)[1], rnn_ext.LSTM)
 
@@ -1174,6 +1292,7 @@ def test_stream_needs_one_direction() -> None:
         ({"zoneout": (0.1, 0.2, 0.3)}, ValueError, "zoneout should be a number, or for the LSTM"),
         ({"zoneout": (0.1, 1.2)}, ValueError, "zoneout should be a number in range"),
         ({"zoneout": 0.1, "proj_size": 2}, ValueError, "projections is not defined"),
+        ({"layer_norm": True, "proj_size": 2}, ValueError, "projections is not defined"),
         ({"forget_bias": "1"}, TypeError, "forget_bias should be a number, got: str"),
         ({"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias: expected bias=True"),
         ({"zone_out": 0.1}, TypeError, "unexpected keyword argument 'zone_out'"),
@@ -1197,6 +1316,13 @@ def test_an_option_that_was_refused_changes_nothing() -> None:
     with pytest.raises(ValueError, match="range"):
         module.zoneout = 2
     assert module.zoneout == 0.5
+
+
+def test_layer_norm_is_for_the_constructor() -> None:
+    for module, other in ((rnn_ext.GRU(2, 3), True), (rnn_ext.GRU(2, 3, layer_norm=True), False)):
+        module.layer_norm = not other
+        with pytest.raises(ValueError, match="choose it in the constructor"):
+            module.layer_norm = other
 
 
 RESETS = torch.zeros(STEPS, BATCH, dtype=torch.bool)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnn_ext.functional import GRU, LSTM, RNN_RELU
+from rnn_ext.layer import LayerNorm
 
 
 def layer(
@@ -33,6 +34,7 @@ def layer(
     hidden_mask: Tensor | None = None,  # (D, B, R)
     zoneout_h: Tensor | None = None,  # (T, B, D*H), with batch_first (B, T, D*H)
     zoneout_c: Tensor | None = None,  # likewise
+    norm: LayerNorm | None = None,
     detach_steps: int = 0,
     checkpoint_steps: int = 0,  # which changes no result
     return_cells: bool = False,
@@ -67,6 +69,10 @@ def layer(
         mask = None if hidden_mask is None else hidden_mask[d]
         keep_h, keep_c = own(zoneout_h, hidden), own(zoneout_c, hidden)
         rows = torch.arange(batch)
+        own_norm = None
+        if norm is not None:
+            gains = (None if gain is None else gain[d] for gain in norm[:4])
+            own_norm = LayerNorm(*gains, norm.eps)
         ys, cs = [], []
         for p in range(steps):
             t = torch.full((batch,), p) if d == 0 else (lengths - 1 - p).clamp(min=0)
@@ -77,7 +83,7 @@ def layer(
                 begins = resets[t if d == 0 else (t + 1).clamp(max=steps - 1), rows, None] & active
                 h, c = torch.where(begins, reset[0], h), torch.where(begins, reset[1], c)
             read = h if mask is None else h * mask
-            new_h, new_c = _step(cell, bias, weights, x[t, rows], read, h, c)
+            new_h, new_c = _step(cell, bias, weights, own_norm, x[t, rows], read, h, c)
             if keep_h is not None:
                 new_h = new_h + keep_h[t, rows] * (h - new_h)
             if keep_c is not None:
@@ -107,18 +113,26 @@ def _step(
     cell: int,
     bias: bool,
     weights: Sequence[Tensor],
+    norm: LayerNorm | None,  # of the direction
     x: Tensor,  # (B, I)
     read: Tensor,  # (B, R): what the product with weight_hh reads of h
     h: Tensor,  # (B, R)
     c: Tensor,  # (B, H)
 ) -> tuple[Tensor, Tensor]:
     bias_ih, bias_hh = weights[2:4] if bias else (None, None)
-    of_x = functional.linear(x, weights[0], bias_ih)
-    of_h = functional.linear(read, weights[1], bias_hh)
+    of_x, of_h = functional.linear(x, weights[0]), functional.linear(read, weights[1])
+    if norm is not None:
+        of_x = functional.layer_norm(of_x, of_x.shape[1:], norm.ih, eps=norm.eps)
+        of_h = functional.layer_norm(of_h, of_h.shape[1:], norm.hh, eps=norm.eps)
+    if bias:
+        of_x, of_h = of_x + bias_ih, of_h + bias_hh
     if cell == LSTM:
         i, f, g, o = (of_x + of_h).chunk(4, dim=1)
         new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        new_h = o.sigmoid() * new_c.tanh()
+        seen = new_c
+        if norm is not None:
+            seen = functional.layer_norm(new_c, new_c.shape[1:], norm.c, norm.c_bias, norm.eps)
+        new_h = o.sigmoid() * seen.tanh()
         projection = weights[4 if bias else 2 :]
         return (functional.linear(new_h, projection[0]) if projection else new_h), new_c
     if cell == GRU:

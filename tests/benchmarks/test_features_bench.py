@@ -61,6 +61,13 @@ def test_all_states(mine: float, status: str) -> None:
     assert statuses(found) == [status] * 2
 
 
+@pytest.mark.parametrize(("mine", "status"), [(1.9, "ok"), (2.1, "falls short")])
+def test_layer_norm(mine: float, status: str) -> None:
+    seconds = {"rnn_ext, layer norm": mine, "rnn_ext, without": 1.0, "torch, Python loop": 10.0}
+    found = features.bench_layer_norm(MadeUp(seconds), steps=9, batch=5, size=6)
+    assert statuses(found) == [status] * 3
+
+
 @pytest.mark.parametrize("what", ["output", "gradient"])
 def test_a_side_that_computes_something_else_is_not_timed(what: str) -> None:
     theirs, ours, exact = features.modules(4, 5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,27 +22,51 @@ Bools = NDArray[np.bool_]
 States = tuple[Array, ...]  # h and, of an LSTM, c
 
 
+class Norm(NamedTuple):
+    """Layer normalization of one direction."""
+
+    ih: Array  # (G*H): gains
+    hh: Array  # (G*H)
+    c: Array | None = None  # (H), LSTM only
+    c_bias: Array | None = None  # (H)
+    eps: float = 1e-5
+
+    def of(self, v: Array, gain: Array) -> Array:
+        """The values of one row, of mean 0 and variance 1, times the gain."""
+        centered = v - v.mean()
+        return gain * centered / np.sqrt((centered**2).mean() + self.eps)
+
+
 def step(
     cell: str,
     x: Array,  # (I,)
     read: Array,  # (R,): what the product with W_hh reads of h
     state: States,  # of (R,), (H,)
     params: Any,
+    norm: Norm | None = None,
+    reset_after: bool = True,
 ) -> States:
     weight_ih, weight_hh, bias_ih, bias_hh = params[:4]
     u, v = weight_ih @ x, weight_hh @ read
+    if norm is not None:
+        u, v = norm.of(u, norm.ih), norm.of(v, norm.hh)
     if bias_ih is not None:
         u, v = u + bias_ih, v + bias_hh
     sigmoid, tanh = STANDARD.sigmoid, STANDARD.tanh
     if cell == "lstm":
         a_i, a_f, a_g, a_o = np.split(u + v, 4)
         c = sigmoid(a_f) * state[1] + sigmoid(a_i) * tanh(a_g)
-        m = sigmoid(a_o) * tanh(c)
+        seen = c if norm is None else norm.of(c, norm.c) + norm.c_bias
+        m = sigmoid(a_o) * tanh(seen)
         return (m if params.weight_hr is None else params.weight_hr @ m), c
     if cell == "gru":
         (u_r, u_z, u_n), (v_r, v_z, v_n) = np.split(u, 3), np.split(v, 3)
         r, z = sigmoid(u_r + v_r), sigmoid(u_z + v_z)
-        n = tanh(u_n + r * v_n)
+        if not reset_after:  # Cho et al. 2014, and Keras: r times h, then the product
+            v_n = weight_hh[2 * len(r) :] @ (r * read)
+            if bias_hh is not None:
+                v_n = v_n + bias_hh[2 * len(r) :]
+        n = tanh(u_n + (r * v_n if reset_after else v_n))
         return ((1.0 - z) * n + z * state[0],)
     return (tanh(u + v) if cell == "rnn_tanh" else np.maximum(u + v, 0.0),)
 
@@ -71,7 +95,9 @@ def layer(
     resets: Bools | None = None,  # (T, B)
     reset_state: States | None = None,  # as initial
     hidden_mask: Array | None = None,  # (D, B, R)
-    zoneout: tuple[Array | None, Array | None] = (None, None),  # (T, B, D*R), (T, B, D*H)
+    zoneout: tuple[Array | None, Array | None] = (None, None),  # (T, B, D*H)
+    norm: Sequence[Norm] | None = None,  # D
+    reset_after: bool = True,
 ) -> tuple[list[Array], States]:
     """All states (T, B, D*R), for LSTM also (T, B, D*H), and the final ones, as initial."""
     steps, batch = x.shape[:2]
@@ -86,7 +112,8 @@ def layer(
                 if begins(resets, row, places, place, reverse=d == 1):
                     state = tuple(s[d, row] for s in reset_state)
                 read = state[0] if hidden_mask is None else state[0] * hidden_mask[d, row]
-                new = list(step(cell, x[t, row], read, state, direction))
+                of_direction = None if norm is None else norm[d]
+                new = list(step(cell, x[t, row], read, state, direction, of_direction, reset_after))
                 for k, keep in enumerate(zoneout[: len(new)]):
                     if keep is not None:
                         width = len(new[k])
