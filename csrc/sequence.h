@@ -122,6 +122,8 @@ struct Features {
   double norm_eps = 0;
   // x holds the gates' input side W_ih x_t + b_ih itself, (T, B, D*G*H), and there is no W_ih.
   bool projected_input = false;
+  // GRU: the reset gate before the product (GruResetBefore in cells/gru.h).
+  bool reset_before = false;
   // Gradients stop between every so many positions of a direction's own order; 0: nowhere.
   int64_t detach_steps = 0;
   // The part of the sequence that a call runs, in positions of the directions' own order: it begins

@@ -114,6 +114,14 @@ def _layer_norm(module: nn.Module, name: str, value: Any) -> bool:
     return value
 
 
+def reset_after_option(module: nn.Module, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    if module.layer_norm and not value:
+        raise ValueError(f"{name}=False does not go together with layer_norm")
+    return value
+
+
 class Options:
     """The options of all recurrent modules, as class attributes that hold the defaults."""
 
@@ -127,6 +135,7 @@ class Options:
     weight_dropout = Option(0.0, _probability)
     zoneout = Option(0.0, _zoneout)
     layer_norm = Option(False, _layer_norm)
+    reset_after: bool = True  # an option of the GRU
 
 
 OPTION_NAMES = tuple(name for name, value in vars(Options).items() if isinstance(value, Option))
@@ -193,6 +202,7 @@ def in_use(module: nn.Module) -> bool:
         or (drops and module.training)
         or module.zoneout != 0.0
         or module.layer_norm
+        or not module.reset_after
     )
 
 
@@ -417,6 +427,7 @@ class _Call:
             "checkpoint_steps": module.checkpoint_steps is not None,
             "zoneout": module.zoneout != 0.0,
             "layer_norm": module.layer_norm,
+            "reset_after=False": not module.reset_after,
         }
         for name in ("input_dropout", "hidden_dropout", "weight_dropout"):
             asked[name] = module.training and getattr(module, name) > 0
@@ -451,6 +462,7 @@ class _Call:
                 lengths=call.lengths, resets=call.resets, h_0=h_0, c_0=c_0, reset_h=reset_h,
                 reset_c=reset_c, hidden_mask=hidden_mask, zoneout_h=zoneout_h,
                 zoneout_c=zoneout_c, norm=self.layer_norm(k), return_cells=cells_wanted,
+                reset_after=module.reset_after,
                 detach_steps=(module.bptt_steps or 0) if recording else 0,
                 checkpoint_steps=(module.checkpoint_steps or 0) if recording else 0,
             )  # fmt: skip

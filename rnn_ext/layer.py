@@ -56,6 +56,7 @@ class _Call(NamedTuple):
     checkpoint_steps: int = 0
     norm_eps: float = 0.0
     projected_input: bool = False
+    reset_before: bool = False
 
     @property
     def directions(self) -> int:
@@ -107,6 +108,7 @@ def layer(
     norm: LayerNorm | None = None,
     detach_steps: int = 0,
     checkpoint_steps: int = 0,
+    reset_after: bool = True,
     return_cells: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer, one or both directions, over the whole sequence.
@@ -128,6 +130,9 @@ def layer(
         detach_steps: gradients stop between every so many steps; 0: nowhere.
         checkpoint_steps: keep states between segments of about so many steps for backward, which
             runs each segment again; 0: keep everything.
+        reset_after: of a GRU, whether its reset gate applies to the product W_hn h_(t-1), as in
+            torch.nn and cuDNN, or to what the product reads (Cho et al. 2014 at first; Keras'
+            ``reset_after=False``).
         return_cells: whether to return every c_t.
 
     Returns:
@@ -137,12 +142,14 @@ def layer(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit.
         TypeError: resets that are not bool.
-        ValueError: zoneout or layer normalization together with projections; negative steps.
+        ValueError: zoneout or layer normalization together with projections; the reset gate
+            before the product in another cell than a GRU, or with layer normalization; negative
+            steps.
     """
     call = _Call(
         input, list(params), lengths, resets, h_0, c_0, reset_h, reset_c, hidden_mask,
         zoneout_h, zoneout_c, None, None, None, cell, bias, bidirectional, batch_first,
-        detach_steps, checkpoint_steps,
+        detach_steps, checkpoint_steps, reset_before=not reset_after,
     )  # fmt: skip
     if norm is not None:
         call = _normalized(call, norm)
@@ -395,7 +402,15 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
                     new_h = F.linear(new_h, w_hr)
             elif call.cell == GRU:
                 (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, 1), gh.chunk(3, 1)
-                n = (xn + (xr + hr).sigmoid() * hn).tanh()
+                r = (xr + hr).sigmoid()
+                if call.reset_before:
+                    reset = r * h
+                    if call.hidden_mask is not None:
+                        reset = reset * call.hidden_mask[d]
+                    b_n = None if b_hh is None else b_hh[2 * hidden :]
+                    n = (xn + F.linear(reset, w_hh[2 * hidden :], b_n)).tanh()
+                else:
+                    n = (xn + r * hn).tanh()
                 new_h = n + (xz + hz).sigmoid() * (h - n)
             else:
                 new_h = (gx + gh).relu() if call.cell == RNN_RELU else (gx + gh).tanh()

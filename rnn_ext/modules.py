@@ -318,7 +318,16 @@ class LSTM(_Recurrent, nn.LSTM):
 
 
 class GRU(_Recurrent, nn.GRU):
-    __doc__ = _class_doc(nn.GRU)
+    __doc__ = _class_doc(
+        nn.GRU,
+        more="""
+        reset_after: whether the reset gate multiplies the product W_hn h_(t-1) + b_hn, as in
+            torch.nn and cuDNN, or the h_(t-1) that the product reads, as in the original paper and
+            in Keras with ``reset_after=False``. Default: True.""",
+    )
+
+    _keywords = (*features.OPTION_NAMES, "reset_after")
+    reset_after = features.Option(True, features.reset_after_option)
 
 
 class _Cell(_NotScriptable, nn.RNNCellBase):

@@ -896,6 +896,62 @@ def test_parameters_of_layer_norm() -> None:
     )
 
 
+# ------------------------------------------------------------------------- reset gate before
+
+
+@each_form
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}, {"hidden_dropout": 0.4}],
+    ids=["one", "stack_of_two_ways", "no_bias", "hidden_dropout"],
+)
+def test_reset_gate_before_the_product_equals_numpy(form: str, options: dict[str, Any]) -> None:
+    module = build("gru", reset_after=False, **options)
+    x, hx = draw(STEPS, BATCH, INPUT), draw_state(module)
+    given = arguments(module, form)
+    params = numpy_params(module)
+    of_layer = masks_of_layers(module, BATCH, params)
+    output, state = module(x, hx, **given)
+    every, final = reference.stack(
+        "gru", x.numpy(), to_numpy(hx), params, directions=2 if module.bidirectional else 1,
+        of_layer=of_layer, reset_after=False, **numpy_arguments(given),
+    )  # fmt: skip
+    assert_same(output, torch.from_numpy(every[-1][0]))
+    assert_same(state, torch.from_numpy(final[0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_dropout": 0.4, "zoneout": 0.3}], ids=str)
+def test_gradcheck_of_the_reset_gate_before_the_product(options: dict[str, Any]) -> None:
+    module = build("gru", num_layers=2, bidirectional=True, reset_after=False, **options)
+    x, hx, reset_state = draw(4, 3, INPUT), draw_state(module, 3), draw_state(module, 1)
+    wanted = leaves(module, x, hx, reset_state)
+    names = [name for name, _ in module.named_parameters()]
+    resets = torch.rand(4, 3) < 0.4
+
+    def call(x: Tensor, hx: Tensor, reset_state: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(5)
+        keywords = {"lengths": [4, 2, 3], "resets": resets, "reset_state": reset_state}
+        weights = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(module, weights, (x, hx), keywords)
+
+    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
+
+
+def test_reset_after_is_an_option_of_the_gru() -> None:
+    module = rnn_ext.GRU(2, 3, reset_after=False)
+    assert "reset_after=False" in repr(module)
+    with pytest.raises(ValueError, match="reset_after=False"):
+        rnn_ext.to_torch(module)
+    module.reset_after = True
+    assert repr(module) == repr(nn.GRU(2, 3))
+    with pytest.raises(TypeError, match="reset_after should be of type bool"):
+        module.reset_after = 0
+    with pytest.raises(ValueError, match="does not go together with layer_norm"):
+        rnn_ext.GRU(2, 3, layer_norm=True, reset_after=False)
+    with pytest.raises(TypeError, match="reset_after"):
+        rnn_ext.LSTM(2, 3, reset_after=False)
+
+
 # ------------------------------------------------------------------------- forms of input
 
 

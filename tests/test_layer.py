@@ -77,6 +77,8 @@ def draw_call(seed, cell, **forced):
         gains = [tensor(directions, gates * hidden) for _ in range(2)]
         gains += [tensor(directions, hidden) for _ in range(2)] if lstm else [None, None]
         call["norm"] = LayerNorm(*gains, eps=0.01)
+    if cell == "gru" and "norm" not in call and maybe("reset_before", 0.4):
+        call["reset_after"] = False
     if maybe("detach", 0.3):
         call["detach_steps"] = r.choice([1, 2, 7, 50])
     if maybe("checkpoint", 0.3):
@@ -88,6 +90,7 @@ def draw_call(seed, cell, **forced):
 
 def as_call(input, params, call):
     values = {**_Call._field_defaults, **call, "has_biases": call["bias"]}
+    values["reset_before"] = not call.get("reset_after", True)
     fields = {name: values.get(name) for name in _Call._fields}
     made = _Call(**{**fields, "input": input, "params": params})
     return _normalized(made, call["norm"]) if "norm" in call else made

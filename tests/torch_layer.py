@@ -35,6 +35,7 @@ def layer(
     zoneout_h: Tensor | None = None,  # (T, B, D*H), with batch_first (B, T, D*H)
     zoneout_c: Tensor | None = None,  # likewise
     norm: LayerNorm | None = None,
+    reset_after: bool = True,
     detach_steps: int = 0,
     checkpoint_steps: int = 0,  # which changes no result
     return_cells: bool = False,
@@ -83,7 +84,7 @@ def layer(
                 begins = resets[t if d == 0 else (t + 1).clamp(max=steps - 1), rows, None] & active
                 h, c = torch.where(begins, reset[0], h), torch.where(begins, reset[1], c)
             read = h if mask is None else h * mask
-            new_h, new_c = _step(cell, bias, weights, own_norm, x[t, rows], read, h, c)
+            new_h, new_c = _step(cell, bias, weights, own_norm, reset_after, x[t, rows], read, h, c)
             if keep_h is not None:
                 new_h = new_h + keep_h[t, rows] * (h - new_h)
             if keep_c is not None:
@@ -114,6 +115,7 @@ def _step(
     bias: bool,
     weights: Sequence[Tensor],
     norm: LayerNorm | None,  # of the direction
+    reset_after: bool,
     x: Tensor,  # (B, I)
     read: Tensor,  # (B, R): what the product with weight_hh reads of h
     h: Tensor,  # (B, R)
@@ -138,7 +140,12 @@ def _step(
     if cell == GRU:
         (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, dim=1), of_h.chunk(3, dim=1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-        n = (x_n + r * h_n).tanh()
+        if reset_after:
+            h_n = r * h_n
+        else:
+            h_n = functional.linear(r * read, weights[1].chunk(3)[2])
+            h_n = h_n + bias_hh.chunk(3)[2] if bias else h_n
+        n = (x_n + h_n).tanh()
         return n + z * (h - n), c
     a = of_x + of_h
     return (a.relu() if cell == RNN_RELU else a.tanh()), c

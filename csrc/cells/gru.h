@@ -46,4 +46,38 @@ struct GruCell {
   }
 };
 
+// The reset gate before the product (Cho et al. 2014 in its first version, Keras'
+// reset_after=False):
+//   n = tanh(x_n + W_hn (r * h_{t-1}) + b_hn), all else as above.
+// Two stages, for what the product in n reads is known only after the gates. Backward, with dn and
+// dz as above and d(rh) = W_hn^T dn:
+//   dr = d(rh) * h_{t-1} * r(1-r)      dh_{t-1} gets dh * z + d(rh) * r besides W_hr^T dr + W_hz^T
+//   dz
+struct GruResetBefore {
+  // r and z to saved; returns r * h_{t-1}.
+  template <class M, class V>
+  RNN_EXT_CELL_FN static V gates(const M& m, const V* x, const V* h, V h_prev, V* saved) {
+    saved[0] = m.sigmoid(x[0] + h[0]);
+    saved[1] = m.sigmoid(x[1] + h[1]);
+    return saved[0] * h_prev;
+  }
+  template <class M, class V>
+  RNN_EXT_CELL_FN static V candidate(const M& m, V x_n, V h_n, V h_prev, V* saved) {
+    saved[2] = m.tanh(x_n + h_n);
+    return saved[2] + saved[1] * (h_prev - saved[2]);
+  }
+  template <class M, class V>
+  RNN_EXT_CELL_FN static void backward_candidate(const M& m, const V* saved, UnitBackward<V>& u,
+                                                 V* dx) {
+    dx[1] = u.dh * (u.h_prev - saved[2]) * m.sigmoid_grad(saved[1]);
+    dx[2] = u.dh * (m.one() - saved[1]) * m.tanh_grad(saved[2]);
+    u.dh_prev = u.dh * saved[1];
+  }
+  template <class M, class V>
+  RNN_EXT_CELL_FN static V backward_gates(const M& m, const V* saved, V h_prev, V drh, V* dx) {
+    dx[0] = drh * h_prev * m.sigmoid_grad(saved[0]);
+    return drh * saved[0];
+  }
+};
+
 }  // namespace rnn_ext

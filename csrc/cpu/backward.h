@@ -54,6 +54,11 @@ struct BackwardPass {
     // times what it starts from, normalized.
     T *dnormal, *dnormal_hh;  // (chunk rows, G*H)
     T *dc_out, *dc_gain;      // (chunk rows, H), by the normalized c
+    // Only with the reset gate before the product.
+    Element* w_second;         // panels of W_hn, (H, H)
+    Element* dn;               // (B, padded(H)), as operands
+    T* reset_h;                // (chunk rows, padded(H)): r * h_{t-1}
+    WeightGradient candidate;  // of W_hn; hh is that of W_hr and W_hz
     T* dc_row;  // (B, 3, padded(H)): by c and by o's gate, from the output; normalized c
   };
 
@@ -62,7 +67,7 @@ struct BackwardPass {
   const Features<T>& features;
   const Plan& plan;
   const int64_t gate_rows;  // G*H
-  const bool project, norm;
+  const bool project, norm, two_stages;
   const bool splits;  // do gradients of the gates' input side and recurrent side differ?
   Columns<T> state_columns, input_columns, hidden_columns;
   Direction directions[kMaxDirections];
@@ -77,7 +82,8 @@ struct BackwardPass {
         gate_rows(kGates * c.shape.hidden_size),
         project(c.shape.proj_size > 0),
         norm(c.features.norm_hh[0]),
-        splits(Cell::kSplitsGradient || norm),
+        two_stages(c.features.reset_before),
+        splits((Cell::kSplitsGradient && !two_stages) || norm),
         state_columns{c.shape.state_size()},
         input_columns{c.shape.input_size},
         hidden_columns{c.shape.hidden_size} {
@@ -112,6 +118,9 @@ struct BackwardPass {
       w.carry = take(shape.batch * padded(shape.state_size()));
       w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
       w.dh = take(rows * padded(shape.state_size()), project || norm);
+      w.w_second = take_elements(state_columns.size(elements<P>(H)), two_stages);
+      w.dn = take_elements(shape.batch * elements<P>(padded(H)), two_stages);
+      w.reset_h = take(rows * padded(H), two_stages && g.w_hh);
       w.dnormal = take(rows * gate_rows, norm);
       w.dnormal_hh = take(rows * gate_rows, norm);
       w.dc_out = take(rows * H, norm && Cell::kHasCellState);
@@ -134,7 +143,12 @@ struct BackwardPass {
       Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
       set_up(w.ih, g.w_ih, gate_rows, input_columns);
-      set_up(w.hh, g.w_hh, gate_rows, state_columns, splits ? nullptr : w.ih.left);
+      if (two_stages) {
+        set_up(w.hh, g.w_hh, 2 * H, state_columns);
+        set_up(w.candidate, g.w_hh ? g.w_hh + 2 * H * H : nullptr, H, state_columns);
+      } else {
+        set_up(w.hh, g.w_hh, gate_rows, state_columns, splits ? nullptr : w.ih.left);
+      }
       set_up(w.hr, g.w_hr, shape.proj_size, hidden_columns);
     }
     arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
@@ -180,6 +194,10 @@ struct BackwardPass {
   int64_t gate_depth() const { return elements<P>(gate_rows); }
   int64_t projection_stride() const { return elements<P>(padded(shape.proj_size)); }
 
+  // Rows of W_hh whose product with the gate gradients leads to h_{t-1} directly.
+  int64_t recurrent_rows() const { return two_stages ? 2 * shape.hidden_size : gate_rows; }
+  int64_t recurrent_depth() const { return elements<P>(recurrent_rows()); }
+
   // Backward undoes the directions' own order.
   bool reversed(int d) const { return d == 0; }
 
@@ -192,7 +210,13 @@ struct BackwardPass {
       int64_t i = job % jobs;
       const Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
-      if (i < states) return pack(from.w_hh, from.ld_hh, gate_rows, state_columns, i, w.w_hh);
+      if (i < states) {
+        pack(from.w_hh, from.ld_hh, recurrent_rows(), state_columns, i, w.w_hh);
+        if (two_stages)
+          pack(from.w_hh + recurrent_rows() * from.ld_hh, from.ld_hh, shape.hidden_size,
+               state_columns, i, w.w_second);
+        return;
+      }
       i -= states;
       if (i < hiddens)
         return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
@@ -300,6 +324,11 @@ struct BackwardPass {
               [&](int d, int64_t panel, int64_t begin) { state_tile(d, panel, s, begin); });
     if (s == shape.steps) return;
     if (norm) return for_part_rows(team, part, s, [&](int d, int64_t b) { norm_row(d, s, b); });
+    if constexpr (kGates == 3) {
+      if (two_stages)
+        for_tiles(team, part, state_columns.panels(),
+                  [&](int d, int64_t panel, int64_t begin) { first_stage(d, panel, s, begin); });
+    }
     if (!project) return;
     for_tiles(team, part, hidden_columns.panels(),
               [&](int d, int64_t panel, int64_t begin) { projected_tile(d, panel, s, begin); });
@@ -342,8 +371,8 @@ struct BackwardPass {
     T* carry = w.carry + begin * stride + first;
     if (earlier > 0) {
       const Element* dg = w.dgh_operand[slot(s - 1)] + (chunk_row(d, s - 1) + begin) * gate_depth();
-      multiply_panel<P>(vectors, earlier, gate_depth(), {dg, gate_depth()},
-                        w.w_hh + state_columns.offset(panel, gate_depth()), nullptr, 0, tile,
+      multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, gate_depth()},
+                        w.w_hh + state_columns.offset(panel, recurrent_depth()), nullptr, 0, tile,
                         width);
     }
     if (features.hidden_mask[d]) {
@@ -445,6 +474,9 @@ struct BackwardPass {
   // pass through W_hh.
   RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t unit,
                                       Vec<T> dh) const {
+    if constexpr (kGates == 3) {
+      if (two_stages) return second_stage(d, s, t, b, unit, dh);
+    }
     const Direction& w = directions[d];
     const VectorMath<T> math{call.linear_activations};
     const int64_t H = shape.hidden_size, hidden = padded(H), rest = H - unit;
@@ -536,6 +568,73 @@ struct BackwardPass {
     weight_gradients(team, s, end);
     if (call.dx.data)
       for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
+  }
+
+  // With the reset gate before the product, the way back through h_t and n; returns what of
+  // dL/dh_{t-1} passes neither r nor a product.
+  Vec<T> second_stage(int d, int64_t s, int64_t t, int64_t b, int64_t unit, Vec<T> dh) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t H = shape.hidden_size, hidden = padded(H), rest = H - unit;
+    const T* const reserve = reserve_row(d, t, b) + unit;
+    const Vec<T> saved[] = {load(reserve), load(reserve + hidden), load(reserve + 2 * hidden)};
+    UnitBackward<Vec<T>> u = {};
+    Vec<T> dh_past = {}, dx[kGates] = {};
+    u.dh = dh;
+    if (features.zoneout_h.data) {
+      dh_past = dh * load_upto(features.zoneout_h.at(shape, t, b) + d * H + unit, rest);
+      u.dh -= dh_past;
+    }
+    if (const T* h_prev = previous_h(d, t, b)) u.h_prev = load_upto(h_prev + unit, rest);
+    GruResetBefore::backward_candidate(math, saved, u, dx);
+    store_gate(d, s, b, 1, unit, dx[1]);
+    store_gate(d, s, b, 2, unit, dx[2]);
+    P::store(w.dn + b * elements<P>(hidden), unit, first_lanes<T>(dx[2], rest), kLanes<T>);
+    return u.dh_prev + dh_past;
+  }
+
+  // ... and through r * h_{t-1}.
+  void first_stage(int d, int64_t panel, int64_t s, int64_t begin) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t now = clip(active_at(d, s), begin);
+    if (now == 0) return;
+    const int64_t H = shape.hidden_size, hidden = padded(H), t = step_at(shape, reversed(d), s);
+    const int64_t depth = elements<P>(H), stride = elements<P>(hidden);
+    const int64_t first = state_columns.first(panel);
+    const int vectors = state_columns.vectors(panel);
+    const int64_t width = vectors * kLanes<T>;
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    multiply_panel<P>(vectors, now, depth, {w.dn + begin * stride, stride},
+                      w.w_second + state_columns.offset(panel, depth), nullptr, 0, tile, width);
+    for (int64_t r = 0; r < now; ++r) {
+      const int64_t b = begin + r;
+      const T* const h_prev = previous_h(d, t, b);
+      const T* const mask = state_row(features.hidden_mask[d], shape, b, H);
+      for (int64_t unit = first; unit < first + width; unit += kLanes<T>) {
+        const int64_t rest = H - unit;
+        Vec<T> drh = load(tile + r * width + unit - first), dx[1] = {};
+        if (mask) drh *= load_upto(mask + unit, rest);
+        const T* const reserve = reserve_row(d, t, b) + unit;
+        const Vec<T> saved[] = {load(reserve)};
+        if (w.reset_h)
+          store(w.reset_h + (chunk_row(d, s) + b) * hidden + unit, load(reserve + 3 * hidden));
+        T* const carry = w.carry + b * hidden + unit;
+        store(carry,
+              load(carry) +
+                  GruResetBefore::backward_gates(
+                      math, saved, h_prev ? load_upto(h_prev + unit, rest) : Vec<T>{}, drh, dx));
+        store_gate(d, s, b, 0, unit, dx[0]);
+      }
+    }
+  }
+
+  void store_gate(int d, int64_t s, int64_t b, int gate, int64_t unit, Vec<T> value) const {
+    const Direction& w = directions[d];
+    const int64_t H = shape.hidden_size, row = chunk_row(d, s) + b, column = gate * H + unit;
+    store_upto(w.dgx[slot(s)] + row * gate_rows + column, value, H - unit);
+    if constexpr (!kValuesAreOperands)
+      P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, value, H - unit);
   }
 
   const T* reserve_row(int d, int64_t t, int64_t b) const {
@@ -667,7 +766,12 @@ struct BackwardPass {
         case 0: {
           const bool both = !splits;
           pack_left(w.dgx[slot(s)], gate_rows, range.rows, i,
-                    both && !w.ih.left ? w.hh.left : w.ih.left, gate_rows);
+                    both && !two_stages && !w.ih.left ? w.hh.left : w.ih.left, gate_rows);
+          if (two_stages) {
+            const int64_t H = shape.hidden_size;
+            pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.hh.left, 2 * H);
+            pack_left(w.dgx[slot(s)] + 2 * H, gate_rows, range.rows, i, w.candidate.left, H);
+          }
           return sum_rows(w.dgx[slot(s)], gate_rows, range.rows, i, s == 0, g.b_ih,
                           both ? g.b_hh : nullptr);
         }
@@ -683,6 +787,13 @@ struct BackwardPass {
           return pack_right(range, i, w.ih,
                             [&](int64_t, int64_t t, int64_t b) { return call.x.at(shape, t, b); });
         case 4:
+          if (two_stages)
+            pack_right(
+                range, i, w.candidate,
+                [&](int64_t row, int64_t, int64_t) {
+                  return static_cast<const T*>(w.reset_h) + row * padded(shape.hidden_size);
+                },
+                features.hidden_mask[d]);
           return pack_right(
               range, i, w.hh, [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); },
               features.hidden_mask[d]);
@@ -701,7 +812,7 @@ struct BackwardPass {
 
   static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, Element* blocks,
                         int64_t m) {
-    if (!blocks) return;
+    if (!blocks || block * kMaxRowBlock >= m) return;
     constexpr int kVectors = int(kMaxRowBlock) / kLanes<T>;
     const int64_t first = block * kMaxRowBlock;
     Element* out = blocks + first * elements<P>(rows);
@@ -757,12 +868,13 @@ struct BackwardPass {
     struct Part {
       const WeightGradient* gradient;
       int64_t rows, jobs;
-    } parts[3 * kMaxDirections];
+    } parts[4 * kMaxDirections];
     int n = 0;
     int64_t jobs = 0;
     for (int d = 0; d < shape.directions; ++d) {
       const int64_t rows = range_at(shape, reversed(d), s, end).rows;
-      for (const WeightGradient* g : {&directions[d].ih, &directions[d].hh, &directions[d].hr}) {
+      for (const WeightGradient* g :
+           {&directions[d].ih, &directions[d].hh, &directions[d].hr, &directions[d].candidate}) {
         if (!g->out) continue;
         parts[n] = {g, rows, g->n.panels() * blocks_of(g->m, kMaxRowBlock)};
         jobs += parts[n++].jobs;

@@ -100,6 +100,12 @@ struct ForwardPass {
     T* gh;                // (B, width): products with W_hh
     T *gain, *norm_bias;  // (width) in panel order: norm_hh, b_hh
     T* unnormalized;      // (B, 2, padded(H)): the LSTM's o and c
+    // Only with the reset gate before the product: W_hr and W_hz, then W_hn.
+    GateMatrix<P, 2> first;
+    GateMatrix<P, 1> second;
+    Element *w_first, *w_second;  // panels, null where not packed
+    T* gates;                     // (B, 2, padded(H)): r and z
+    Element* reset_h;             // (B, padded(H)): r * h_{t-1}
   };
 
   const ForwardCall<T>& call;
@@ -109,6 +115,7 @@ struct ForwardPass {
   const bool plain;              // nothing beyond the cell at any step
   const bool separate_operands;  // does the product read something else than h itself?
   const bool norm;
+  const bool two_stages;  // GruResetBefore
   GateColumns<T, kGates> columns;
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
@@ -128,6 +135,7 @@ struct ForwardPass {
               !c.cells.data),
         separate_operands(!kValuesAreOperands || c.features.hidden_mask[0]),
         norm(c.features.norm_hh[0]),
+        two_stages(c.features.reset_before),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
@@ -146,8 +154,11 @@ struct ForwardPass {
       w.recurrent = {columns, shape.state_size(), from.w_hh, from.ld_hh, arena.take<T>(width)};
       w.w_ih = plan.packed_weights && !one_chunk && multiply ? arena.take<Element>(width * depth_x)
                                                              : nullptr;
-      w.w_hh = plan.packed_weights && plan.packed_recurrent ? arena.take<Element>(width * depth_h)
-                                                            : nullptr;
+      const bool packed = plan.packed_weights && plan.packed_recurrent;
+      w.w_hh = packed && !two_stages ? arena.take<Element>(width * depth_h) : nullptr;
+      if constexpr (kGates == 3) {
+        if (two_stages) place_stages(d, packed, arena);
+      }
       w.x = gather ? arena.take<Element>(rows * x_stride) : nullptr;
       w.gx = arena.take<T>(rows * width);
       for (int i = 0; i < 2; ++i) {
@@ -215,6 +226,9 @@ struct ForwardPass {
         }
         if (w.w_ih) w.input.pack(i, w.w_ih + w.input.panel_offset(i));
         if (w.w_hh) w.recurrent.pack(i, w.w_hh + w.recurrent.panel_offset(i));
+        if constexpr (kGates == 3) {
+          if (two_stages) prepare_stages(d, i);
+        }
       } else if (i < panels + projections) {
         pack_projection(w, from, i - panels);
       } else {
@@ -357,16 +371,29 @@ struct ForwardPass {
 
   void step(Member& team, const Part& part, int64_t s, int64_t chunk_begin,
             int64_t chunk_end) const {
+    const auto gx_row = [&](int d, int64_t t) {
+      return shape.first_row(t) - range_at(shape, d == 1, chunk_begin, chunk_end).base;
+    };
+    if constexpr (kGates == 3) {
+      if (two_stages) {
+        for_tiles(team, part, s, directions[0].first.columns.panels(),
+                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
+                    first_stage(d, panel, s, begin, rows, gx_row(d, t));
+                  });
+        for_tiles(team, part, s, directions[0].second.columns.panels(),
+                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
+                    second_stage(d, panel, s, t, begin, rows, gx_row(d, t));
+                  });
+        return;
+      }
+    }
     for_tiles(team, part, s, columns.panels(),
               [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
-                const StepRange range = range_at(shape, d == 1, chunk_begin, chunk_end);
-                gate_tile(d, panel, s, t, begin, rows, shape.first_row(t) - range.base);
+                gate_tile(d, panel, s, t, begin, rows, gx_row(d, t));
               });
     if (norm)
-      for_part_rows(team, part, s, [&](int d, int64_t t, int64_t b) {
-        const StepRange range = range_at(shape, d == 1, chunk_begin, chunk_end);
-        norm_row(d, s, t, b, shape.first_row(t) - range.base + b);
-      });
+      for_part_rows(team, part, s,
+                    [&](int d, int64_t t, int64_t b) { norm_row(d, s, t, b, gx_row(d, t) + b); });
     if (shape.proj_size > 0)
       for_tiles(team, part, s, projection_columns.panels(),
                 [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
@@ -500,6 +527,101 @@ struct ForwardPass {
       const Vec<T> h = load(o + unit) * math.tanh(v * row_vector(features.norm_c[d], unit, H) +
                                                   row_vector(features.norm_c_bias[d], unit, H));
       emit_h(d, s, b, unit, beyond.next_h(h, load(h_prev + unit), unit, H), beyond, y);
+    }
+  }
+
+  void place_stages(int d, bool packed, Arena& arena) {
+    Direction& w = directions[d];
+    const DirectionWeights<T>& from = call.weights[d];
+    const int64_t H = shape.hidden_size, depth = elements<P>(H);
+    const GateColumns<T, 2> gates{H};
+    const GateColumns<T, 1> candidates{H};
+    w.first = {gates, H, from.w_hh, from.ld_hh, arena.take<T>(gates.width())};
+    w.second = {candidates, H, from.w_hh + 2 * H * from.ld_hh, from.ld_hh,
+                arena.take<T>(candidates.width())};
+    w.w_first = packed ? arena.take<Element>(gates.width() * depth) : nullptr;
+    w.w_second = packed ? arena.take<Element>(candidates.width() * depth) : nullptr;
+    w.gates = arena.take<T>(shape.batch * 2 * padded(H));
+    w.reset_h = arena.take<Element>(shape.batch * state_stride());
+  }
+
+  // The i-th panels of both stages, as far as they go.
+  void prepare_stages(int d, int64_t i) const {
+    const Direction& w = directions[d];
+    const T* const bias = call.weights[d].b_hh;
+    if (i < w.first.columns.panels()) {
+      w.first.load_row(i, bias, w.first.bias);
+      if (w.w_first) w.first.pack(i, w.w_first + w.first.panel_offset(i));
+    }
+    if (i < w.second.columns.panels()) {
+      w.second.load_row(i, bias ? bias + 2 * shape.hidden_size : nullptr, w.second.bias);
+      if (w.w_second) w.second.pack(i, w.w_second + w.second.panel_offset(i));
+    }
+    if (i == 0)  // what lies beyond H stays zero
+      for (int64_t b = 0; b < shape.batch; ++b)
+        store_row<P>(w.reset_h + b * state_stride(), nullptr, shape.hidden_size);
+  }
+
+  // Where a vector of units finds its gate in a row of gx.
+  int64_t gx_column(int gate, int64_t unit) const {
+    return unit * kGates + gate * kLanes<T>;  // panels of several gates hold one vector of each
+  }
+
+  // r, z and r * h_{t-1}.
+  void first_stage(int d, int64_t panel, int64_t s, int64_t begin, int64_t rows,
+                   int64_t gx_row) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t H = shape.hidden_size, hidden = padded(H),
+                  unit = w.first.columns.first_unit(panel);
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    constexpr int64_t kWidth = 2 * kLanes<T>;
+    w.first.multiply(panel, w.w_first ? w.w_first + w.first.panel_offset(panel) : nullptr, rows,
+                     w.h_operand[s & 1] + begin * state_stride(), state_stride(), tile, kWidth);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = begin + r;
+      const T* gx = w.gx + (gx_row + b) * columns.width();
+      const Vec<T> x[2] = {load(gx + gx_column(0, unit)), load(gx + gx_column(1, unit))};
+      const Vec<T> h[2] = {load(tile + r * kWidth), load(tile + r * kWidth + kLanes<T>)};
+      Vec<T> saved[2];
+      const Vec<T> read = GruResetBefore::gates(
+          math, x, h, load(w.h[s & 1] + b * padded(shape.state_size()) + unit), saved);
+      T* const gates = w.gates + b * 2 * hidden + unit;
+      store(gates, saved[0]);
+      store(gates + hidden, saved[1]);
+      store_operand(d, w.reset_h, b, unit, first_lanes<T>(read, H - unit));
+    }
+  }
+
+  // n and h_t.
+  void second_stage(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
+                    int64_t gx_row) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t H = shape.hidden_size, hidden = padded(H);
+    const int64_t width = w.second.columns.vectors(panel) * kLanes<T>;
+    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    w.second.multiply(panel, w.w_second ? w.w_second + w.second.panel_offset(panel) : nullptr, rows,
+                      w.reset_h + begin * state_stride(), state_stride(), tile, width);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = begin + r;
+      const T* gx = w.gx + (gx_row + b) * columns.width();
+      const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
+      T* const y = call.y.at(shape, t, b) + d * H;
+      T* const reserve = reserve_row(d, t, b);
+      const Beyond beyond = beyond_plain(d, t, b);
+      for (int64_t i = 0; i < width; i += kLanes<T>) {
+        const int64_t unit = w.second.columns.first_unit(panel) + i;
+        const T* gates = w.gates + b * 2 * hidden + unit;
+        const Vec<T> previous = load(h_prev + unit);
+        Vec<T> saved[4] = {load(gates), load(gates + hidden)};
+        const Vec<T> h = GruResetBefore::candidate(math, load(gx + gx_column(2, unit)),
+                                                   load(tile + r * width + i), previous, saved);
+        saved[3] = saved[0] * previous;
+        if (reserve)
+          for (int k = 0; k < 4; ++k) store(reserve + k * hidden + unit, saved[k]);
+        emit_h(d, s, b, unit, beyond.next_h(h, previous, unit, H), beyond, y);
+      }
     }
   }
 

@@ -32,7 +32,7 @@ struct LayerInputs {
   bool has_biases, bidirectional, batch_first;
   int64_t detach_steps, checkpoint_steps;
   double norm_eps;
-  bool projected_input;
+  bool projected_input, reset_before;
 
   Inputs plain() const { return {input, std::nullopt, h_0, c_0, params}; }
   Options options() const { return {cell, has_biases, 1, bidirectional, batch_first, 0.0, false}; }
@@ -159,6 +159,9 @@ struct Layer {
                 "norm_c and norm_c_bias belong to the layer normalization of an LSTM");
     TORCH_CHECK_VALUE(R == H || !in.norm_hh,
                       "layer normalization of an LSTM with projections is not defined");
+    TORCH_CHECK_VALUE(!in.reset_before || (in.cell == CellKind::kGru && !in.norm_hh),
+                      "the reset gate can be before the product in a GRU without layer "
+                      "normalization only");
     TORCH_CHECK(!in.projected_input || in.input.size(2) == D * G * H,
                 "projected input must have size ", D * G * H, " in its last dimension, got ",
                 in.input.size(2));
@@ -266,6 +269,7 @@ struct LayerOperands {
     f.detach_steps = layer.in.detach_steps;
     f.norm_eps = layer.in.norm_eps;
     f.projected_input = layer.in.projected_input;
+    f.reset_before = layer.in.reset_before;
     const auto row = [](const Optional& t, int d) {
       return t ? const_data<T>(*t) + d * t->size(1) : nullptr;
     };
@@ -493,7 +497,8 @@ Results recurrent_layer_cpu(const at::Tensor& input, at::TensorList params, cons
                             const Optional& norm_c, const Optional& norm_c_bias, int64_t cell,
                             bool has_biases, bool bidirectional, bool batch_first,
                             int64_t detach_steps, int64_t checkpoint_steps, double norm_eps,
-                            bool projected_input, bool return_cells, bool save_reserve) {
+                            bool projected_input, bool reset_before, bool return_cells,
+                            bool save_reserve) {
   const std::vector<at::Tensor> all =
       with_placeholders(params, input, has_biases, bidirectional, projected_input);
   const LayerInputs in{input,
@@ -517,7 +522,8 @@ Results recurrent_layer_cpu(const at::Tensor& input, at::TensorList params, cons
                        detach_steps,
                        checkpoint_steps,
                        norm_eps,
-                       projected_input};
+                       projected_input,
+                       reset_before};
   const Layer layer(in);
   TORCH_CHECK(!return_cells || layer.lstm(), "cell states are the LSTM's only");
   return in_double(in) ? forward_layer<double>(layer, return_cells, save_reserve)
@@ -533,7 +539,7 @@ std::vector<at::Tensor> recurrent_layer_backward_cpu(
     const Optional& norm_c, const Optional& norm_c_bias, const at::Tensor& output,
     const at::Tensor& reserve, int64_t cell, bool has_biases, bool bidirectional, bool batch_first,
     int64_t detach_steps, int64_t checkpoint_steps, double norm_eps, bool projected_input,
-    c10::List<bool> output_mask) {
+    bool reset_before, c10::List<bool> output_mask) {
   const std::vector<at::Tensor> all =
       with_placeholders(params, input, has_biases, bidirectional, projected_input);
   const LayerInputs in{input,
@@ -557,7 +563,8 @@ std::vector<at::Tensor> recurrent_layer_backward_cpu(
                        detach_steps,
                        checkpoint_steps,
                        norm_eps,
-                       projected_input};
+                       projected_input,
+                       reset_before};
   const Layer layer(in);
   const SequenceShape& s = layer.shape;
   TORCH_CHECK(output_mask.size() == kStates + params.size(), "output_mask must have ",
@@ -587,17 +594,21 @@ TORCH_LIBRARY_FRAGMENT(rnn_ext, m) {
   // none is given) before a step; hidden_mask: factors of what the recurrent product reads;
   // zoneout: how much of a state stays what it was. detach_steps: gradients stop between every so
   // many steps; checkpoint_steps: keep the states between segments of so many steps instead of
-  // everything. cells is every c_t where return_cells asks for it, else empty.
+  // everything. norm_*: gains (and the LSTM's bias of c) of layer normalization in the cell.
+  // reset_before: the GRU's reset gate before the product. projected_input: input is the gates'
+  // input side, and params have neither W_ih nor b_ih. cells is every c_t where return_cells asks
+  // for it, else empty.
   m.def(
       "recurrent_layer(Tensor input, Tensor[] params, Tensor? lengths, Tensor? resets, "
       "Tensor? h_0, Tensor? c_0, Tensor? reset_h, Tensor? reset_c, Tensor? hidden_mask, "
       "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? norm_hh, Tensor? norm_c, "
       "Tensor? norm_c_bias, int cell, bool has_biases, bool bidirectional, bool batch_first, "
-      "int detach_steps, int checkpoint_steps, float norm_eps, bool projected_input, "
+      "int detach_steps, int checkpoint_steps, float norm_eps, bool projected_input, bool "
+      "reset_before, "
       "bool return_cells, bool save_reserve) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)");
-  // Gradients of input, h_0, c_0, reset_h, reset_c and every parameter; an empty tensor stands
-  // where output_mask says that one is not wanted.
+  // Gradients of input, h_0, c_0, reset_h, reset_c, norm_hh, norm_c, norm_c_bias and every
+  // parameter; an empty tensor stands where output_mask says that one is not wanted.
   m.def(
       "recurrent_layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor? grad_cells, Tensor input, Tensor[] params, Tensor? lengths, Tensor? resets, "
@@ -605,7 +616,7 @@ TORCH_LIBRARY_FRAGMENT(rnn_ext, m) {
       "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? norm_hh, Tensor? norm_c, "
       "Tensor? norm_c_bias, Tensor output, Tensor reserve, int cell, bool has_biases, "
       "bool bidirectional, bool batch_first, int detach_steps, int checkpoint_steps, "
-      "float norm_eps, bool projected_input, bool[] output_mask) -> Tensor[]");
+      "float norm_eps, bool projected_input, bool reset_before, bool[] output_mask) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) {
