@@ -20,7 +20,7 @@ BUILT := build/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-peers build wheel sdist lint format test-cpp test-third-party \
+.PHONY: help demo test bench bench-features bench-peers build wheel sdist lint format test-cpp test-third-party \
 	test-device test-module-info sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
 
 help: ## Show this list
@@ -44,6 +44,9 @@ test-device: $(BUILT) ## Run the suite as on a GPU, on a device that is none: is
 bench: $(BUILT) $(BENCH_DEPENDENCIES) ## Compare with torch.nn, onnxruntime and OpenVINO (BENCH_ARGS=--quick for a short run)
 	@mkdir -p out
 	$(BIN)/python benchmarks/report.py --json out/bench.json --markdown out/bench.md --png out/bench.png $(BENCH_ARGS)
+
+bench-features: $(BUILT) ## Measure what torch.nn lacks against its bars: lengths, resets, checkpoints
+	$(BIN)/python benchmarks/features.py $(BENCH_ARGS)
 
 bench-peers: $(BENCH_DEPENDENCIES) ## Install the other engines that bench compares with
 

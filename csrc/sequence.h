@@ -200,6 +200,15 @@ struct GateGradients {
   T* dgh = nullptr;  // (N, G*H): of the recurrent side, where the cell tells them apart
 };
 
+// Gradients of the gates that are known before backward begins, rows in time order; with them it is
+// only the products over all rows, and writes no gradients of h_0 and c_0. CPU only.
+template <class T>
+struct KnownGradients {
+  const T* dgx = nullptr;  // (N, G*H): of the input side, null: not known
+  const T* dgh = nullptr;  // (N, G*H): of the recurrent side; read if the cell tells them apart
+  const T* dh = nullptr;   // (N, P): dL/dh after the projection, only with one
+};
+
 template <class T, class Saved = T>
 struct BackwardCall {
   SequenceShape shape;
@@ -215,6 +224,7 @@ struct BackwardCall {
   const T* dc_n[kMaxDirections] = {};         // (B, H), null means zeros
   const Saved* reserve[kMaxDirections] = {};  // (N, num_saved, padded(H)), read only
   DirectionGradients<T> gradients[kMaxDirections];
+  KnownGradients<T> known[kMaxDirections];  // of all directions or none
   Features<T> features;
   StepRows<const T> dcells;                        // (T, B, D*H), null data means zeros
   int64_t reserve_first_row[kMaxDirections] = {};  // as in forward

@@ -3,8 +3,8 @@
 The text: 10,605 snippets of movie reviews, each with the mean rating (-4 to 4) that twenty people
 gave it, as the source archive of the package vaderSentiment carries them; the few rated 0 are left
 out. 80 % are learned from, 10 % choose the best epoch, 10 % are the test. Words that the training
-part holds only once are "unknown"; sentences are padded to a batch and packed, so that the last
-state is that of the last word.
+part holds only once are "unknown"; sentences are padded to a batch and the GRU is told their
+lengths, so that the last state is that of the last word.
 
     python examples/sentence_classification.py            under two minutes
     python examples/sentence_classification.py --quick    some ten seconds
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
@@ -93,8 +93,7 @@ class Classifier(nn.Module):
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
         embedded = self.dropout(self.embedding(words))
-        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-        _, h_n = self.gru(packed)
+        _, h_n = self.gru(embedded, lengths=lengths)
         return self.head(self.dropout(h_n[-1]))[:, 0]
 
 

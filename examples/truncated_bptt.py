@@ -5,7 +5,8 @@ Chunk: the sequence is cut every k steps; the state is handed on, gradients stop
 loss flows back through 1 to k steps, depending on where it stands.
 
 In all three the state is carried through the whole sentence; only the gradients differ. The chains
-of the window style are independent of each other: they are one batch of T sequences of k steps.
+of the window style are independent of each other: rnn_ext takes all of them one step back in one
+product, k times.
 
     python examples/truncated_bptt.py            under a minute
     python examples/truncated_bptt.py --quick    some ten seconds
@@ -24,11 +25,12 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_sequence
 from tqdm import tqdm
 
 import common
 from char_rnn import TEXT, CharRNN
+from rnn_ext.functional import RNN_TANH
+from rnn_ext.truncated import window_bptt
 
 Loss = Callable[[CharRNN, Tensor, Tensor], Tensor]
 
@@ -41,16 +43,12 @@ def full_loss(model: CharRNN, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def window_loss(model: CharRNN, inputs: Tensor, targets: Tensor, k: int) -> Tensor:
     """The same value; the gradient of each step's loss flows back through k steps."""
-    steps = len(inputs)
-    with torch.no_grad():
-        states, _ = model.rnn(inputs)
-    # Sequence t holds steps t-k+1 .. t and starts from the state before them.
-    starts = [max(0, t - k + 1) for t in range(steps)]
-    windows = [inputs[start : t + 1] for t, start in enumerate(starts)]
-    before_first = torch.zeros_like(states[:1])
-    h_0 = torch.cat([before_first, states])[starts]  # (T, H)
-    _, h_n = model.rnn(pack_sequence(windows, enforce_sorted=False), h_0[None])
-    return F.cross_entropy(model.head(h_n[0]), targets)
+    output, _, _ = window_bptt(
+        inputs[:, None], h_0=None, c_0=None, params=list(model.rnn.parameters()), cell=RNN_TANH,
+        bias=True, num_layers=1, bidirectional=False, batch_first=False, dropout=0.0,
+        training=model.training, steps=k,
+    )  # fmt: skip
+    return F.cross_entropy(model.head(output[:, 0]), targets)
 
 
 def chunk_loss(model: CharRNN, inputs: Tensor, targets: Tensor, k: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 The UCI data set JapaneseVowels, as the package aeon carries it: 270 utterances to learn from, 370
 to be tested on, 12 channels (coefficients of a linear prediction of the sound wave). A
-bidirectional GRU reads the utterances packed, so padding is neither computed nor seen.
+bidirectional GRU is told their lengths, so padding is neither computed nor seen.
 
     python examples/vowels.py            under a minute
     python examples/vowels.py --quick    a few seconds
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 
 import common
@@ -33,12 +33,14 @@ class Utterances:
     sequences: list[Tensor]  # each (T, 12)
     speakers: Tensor  # (N)
 
-    def pack(self, rows: Tensor) -> tuple[PackedSequence, Tensor]:
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Padded utterances (T, B, 12), their lengths (B) and speakers (B)."""
         chosen = [self.sequences[row] for row in rows]
-        return pack_sequence(chosen, enforce_sorted=False), self.speakers[rows]
+        lengths = torch.tensor([len(sequence) for sequence in chosen])
+        return pad_sequence(chosen), lengths, self.speakers[rows]
 
-    def pack_all(self) -> tuple[PackedSequence, Tensor]:
-        return self.pack(torch.arange(len(self.sequences)))
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.batch(torch.arange(len(self.sequences)))
 
 
 def parse(text: str) -> Utterances:
@@ -54,7 +56,7 @@ def parse(text: str) -> Utterances:
 
 
 class SpeakerGRU(nn.Module):
-    """Packed utterances to scores (B, 9), from the last state of either direction."""
+    """Padded utterances (T, B, 12) to scores (B, 9), from the last state of either direction."""
 
     def __init__(self, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -62,8 +64,8 @@ class SpeakerGRU(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * hidden, SPEAKERS)
 
-    def forward(self, packed: PackedSequence) -> Tensor:
-        _, h_n = self.gru(packed)  # (2, B, H)
+    def forward(self, utterances: Tensor, lengths: Tensor) -> Tensor:
+        _, h_n = self.gru(utterances, lengths=lengths)  # (2, B, H)
         return self.head(self.dropout(torch.cat([h_n[0], h_n[1]], dim=-1)))
 
 
@@ -77,10 +79,10 @@ class Result:
 def train(hidden: int, epochs: int, batch: int, learning_rate: float) -> Result:
     learn = parse(common.read_packaged(common.VOWELS_TRAIN).decode())
     test = parse(common.read_packaged(common.VOWELS_TEST).decode())
-    lengths = [len(sequence) for sequence in learn.sequences + test.sequences]
+    steps = [len(sequence) for sequence in learn.sequences + test.sequences]
     print(
         f"{len(learn.sequences)} utterances to learn from, {len(test.sequences)} to test; "
-        f"{min(lengths)} to {max(lengths)} steps"
+        f"{min(steps)} to {max(steps)} steps"
     )
     model = SpeakerGRU(hidden, dropout=0.3)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
@@ -90,8 +92,8 @@ def train(hidden: int, epochs: int, batch: int, learning_rate: float) -> Result:
         model.train()
         total = 0.0
         for rows in torch.randperm(len(learn.sequences)).split(batch):
-            packed, speakers = learn.pack(rows)
-            loss = F.cross_entropy(model(packed), speakers)
+            utterances, lengths, speakers = learn.batch(rows)
+            loss = F.cross_entropy(model(utterances, lengths), speakers)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -100,9 +102,9 @@ def train(hidden: int, epochs: int, batch: int, learning_rate: float) -> Result:
         result.losses.append(total / len(learn.sequences))
 
         model.eval()
-        packed, speakers = test.pack_all()
+        utterances, lengths, speakers = test.all()
         with torch.inference_mode():
-            predicted = model(packed).argmax(-1)
+            predicted = model(utterances, lengths).argmax(-1)
         result.accuracies.append((predicted == speakers).float().mean().item())
         bar.set_postfix_str(f"loss {result.losses[-1]:.3f}, test {result.accuracies[-1]:.3f}")
     pairs = torch.bincount(speakers * SPEAKERS + predicted, minlength=SPEAKERS**2)

@@ -10,6 +10,7 @@ from rnn_ext import _C, fake, flops, functional, layer  # noqa: E402, F401
 from rnn_ext._build_info import VERSION as __version__  # noqa: E402
 from rnn_ext.compiling import compile  # noqa: E402
 from rnn_ext.convert import convert, to_torch  # noqa: E402
+from rnn_ext.features import AllStates, stream  # noqa: E402
 from rnn_ext.memory import empty_cache  # noqa: E402
 from rnn_ext.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
 
@@ -17,6 +18,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AllStates",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
@@ -25,5 +27,6 @@ __all__ = [
     "convert",
     "empty_cache",
     "functional",
+    "stream",
     "to_torch",
 ]

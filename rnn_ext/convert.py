@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
-from rnn_ext import modules
+from rnn_ext import features, modules
 
 __all__ = ["convert", "to_torch"]
 
@@ -80,7 +80,8 @@ def to_torch(model: _ModuleT, inplace: bool = False) -> _ModuleT:
 
     A model that has gone through it needs this package no longer, to be pickled for example. The
     rules, arguments and errors are those of `convert`, read backwards: a class of your own that
-    derives from `rnn_ext.LSTM` is left alone.
+    derives from `rnn_ext.LSTM` is left alone. `checkpoint_steps`, which changes no result, is
+    ignored by torch.nn and works again after `convert`.
 
     Args:
         model: the model to change back; any `nn.Module`.
@@ -91,9 +92,23 @@ def to_torch(model: _ModuleT, inplace: bool = False) -> _ModuleT:
 
     Raises:
         TypeError: if `model` is not an `nn.Module`.
-        ValueError: if a module in `model` has been compiled.
+        ValueError: if a module in `model` has been compiled, or has an option that torch.nn lacks
+            and that changes its results, `zoneout` for example.
     """
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if parametrize.type_before_parametrizations(module) in _TO_TORCH:
+                _check_options(name, module)
     return _change_classes(model, _TO_TORCH, inplace)
+
+
+def _check_options(name: str, module: nn.Module) -> None:
+    options = features.changing_options(module) if isinstance(module, nn.RNNBase) else []
+    if options:
+        raise ValueError(
+            f"to_torch: {module._get_name()} '{name}' has {', '.join(options)}, which torch.nn "
+            "lacks: its results would change"
+        )
 
 
 def _change_classes(model: _ModuleT, classes: _ClassMap, inplace: bool) -> _ModuleT:

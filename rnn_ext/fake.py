@@ -94,7 +94,7 @@ def _recurrent_backward(
     training: bool,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    return _gradients([input, h_0, c_0, *params], output_mask)
+    return _like_asked([input, h_0, c_0, *params], output_mask)
 
 
 @torch.library.register_fake("rnn_ext::recurrent_backward_per_example")
@@ -120,11 +120,42 @@ def _recurrent_backward_per_example(
     examples: int,
 ) -> list[Tensor]:
     own = [p.expand(examples, *p.shape) for p in params]
-    return _gradients([input, h_0, c_0, *own], output_mask)
+    return _like_asked([input, h_0, c_0, *own], output_mask)
 
 
-def _gradients(like: list[Tensor | None], output_mask: list[bool]) -> list[Tensor]:
+def _like_asked(operands: list[Tensor | None], asked: list[bool]) -> list[Tensor]:
+    """A gradient of each operand that one is asked for of, an empty tensor of each other."""
+    like = operands[0]
     return [
-        like[0].new_empty(t.shape if asked and t is not None else (0,))
-        for t, asked in zip(like, output_mask, strict=True)
+        like.new_empty(operand.shape if ask and operand is not None else (0,))
+        for operand, ask in zip(operands, asked, strict=True)
     ]
+
+
+@torch.library.register_fake("rnn_ext::random_mask")
+def _random_mask(seed: Tensor, size: list[int], p: float, dtype: torch.dtype) -> Tensor:
+    return seed.new_empty(size, dtype=dtype)
+
+
+@torch.library.register_fake("rnn_ext::recurrent_window_backward")
+def _recurrent_window_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    params: list[Tensor],
+    output: Tensor,
+    reserve: Tensor,
+    cell: int,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    window: int,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    return _like_asked([input, h_0, c_0, *params], output_mask)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnn_ext import _C
+from rnn_ext import _C, features
 from rnn_ext import functional as F
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -57,29 +57,71 @@ class _NotScriptable:
         )
 
 
-class _Recurrent(_NotScriptable, nn.RNNBase):
-    """The forward that RNN, LSTM and GRU share."""
+class _Recurrent(_NotScriptable, features.Options, nn.RNNBase):
+    """The constructor and forward that RNN, LSTM and GRU share."""
+
+    _keywords = features.OPTION_NAMES
+
+    def __init__(self, *args, **kwargs) -> None:
+        options = {name: kwargs.pop(name) for name in self._keywords if name in kwargs}
+        super().__init__(*args, **kwargs)
+        if options.pop("layer_norm", False):
+            features.add_layer_norm(self)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.layer_norm:
+            features.reset_layer_norm(self)
 
     def _weights(self) -> list[Tensor]:
         """In the order of ``_flat_weights``, but never stale as that list can be."""
         return _current(self, self._flat_weights_names)
 
-    def forward(self, input, hx=None):
+    def forward(
+        self, input, hx=None, *, lengths=None, resets=None, reset_state=None,
+        return_all_states=False,
+    ):  # fmt: skip
         """As the torch.nn class of the same name; shapes and errors are its own.
 
+        With D directions (1 or 2), L layers and R = ``proj_size`` if there is one, else H:
+
         Args:
-            input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a
-                ``PackedSequence``.
-            hx: h_0, for the LSTM a pair (h_0, c_0); zeros if missing.
+            input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), a
+                ``PackedSequence``, or a nested tensor of jagged layout (B, steps of each row, I),
+                for which the output is one too.
+            hx: h_0 (L*D, B, R), for the LSTM a pair (h_0, c_0), c_0 of (L*D, B, H); zeros if
+                missing.
+            lengths: (B), a tensor or list of int in any order, 0 to T: how many steps each row of
+                a padded input really has. What stands behind them is neither computed nor seen,
+                the output there is 0. The final state is that after each row's own last step
+                (the initial one for a length of 0), where the second direction begins.
+            resets: (T, B), with ``batch_first`` (B, T), unbatched (T), of bool: an episode begins
+                at step t. There the state returns to ``reset_state``, or to h_0 (c_0) if there is
+                none, and no gradient crosses. Either direction computes what it would for each
+                episode alone; the second one begins with the last.
+            reset_state: in the layout of ``hx``, or with 1 in the place of B: one state, learned
+                for example, for all rows.
+            return_all_states: return a third result.
 
         Returns:
-            output and the final state in the layout of ``hx``.
+            output (T, B, D*R) in the layout of ``input``, and the final state in that of ``hx``.
+            With ``return_all_states`` also ``AllStates(h, c)``: tuples of a tensor for each layer,
+            its h_t as the output, before dropout, and its c_t (T, B, D*H); c is None unless LSTM.
 
         Raises:
-            ValueError: input of wrong rank or of another dtype than the weights.
-            RuntimeError: sizes or devices that do not fit.
+            TypeError: lengths that are not integers, resets that are not bool.
+            ValueError: input of wrong rank or of another dtype than the weights; arguments or
+                options that do not go together.
+            RuntimeError: sizes, lengths or devices that do not fit.
         """
         weights = self._weights()
+        asked = lengths is not None or resets is not None or reset_state is not None
+        if asked or return_all_states or (self._options is not None and features.in_use(self)):
+            return features.forward(
+                self, weights, input, hx, lengths, resets, reset_state, return_all_states
+            )
         if not torch.compiler.is_compiling():
             try:
                 result = _C.module_forward(
@@ -94,6 +136,8 @@ class _Recurrent(_NotScriptable, nn.RNNBase):
                     return result
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
+        if input.is_nested:
+            return features.forward(self, weights, input, hx, None, None, None, False)
         if not (_is_covered(input) and _is_covered(weights[0])):
             return self._torch_forward(input, hx)
         dim = input.dim()
@@ -105,6 +149,9 @@ class _Recurrent(_NotScriptable, nn.RNNBase):
             return self._forward_unbatched(input, hx)
         h_0, c_0 = self._states(hx, 3)
         return self._run(input, None, h_0, c_0, weights)
+
+    def extra_repr(self) -> str:
+        return ", ".join([super().extra_repr(), *features.set_options(self)])
 
     def _run(self, input, batch_sizes, h_0, c_0, weights):
         lstm = self.mode == "LSTM"
@@ -190,16 +237,97 @@ class _Recurrent(_NotScriptable, nn.RNNBase):
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), state
 
 
+_OPTIONS_DOC = """
+
+    Beyond ``torch.nn.{name}``, as keywords whose defaults change nothing. All are attributes too,
+    checked when they are set (ValueError, or TypeError for something else than a number):
+
+    Keyword Args:
+        bptt_steps: truncate backpropagation through time to k steps. Default: None, in full.
+        bptt_style: how. ``"chunk"``: no gradient crosses the cuts at every k-th step of either
+            direction. ``"window"``: the gradient of every step's loss flows back through exactly
+            k steps. Default: ``"chunk"``.
+        checkpoint_steps: keep the state of every k-th step only and compute the rest again in
+            backward, k steps at a time: less memory, the same results. Default: None.
+        input_dropout: probability of dropping an input feature, for a row of the batch and all its
+            steps (variational dropout, Gal and Ghahramani 2016), of every layer. Default: 0.
+        hidden_dropout: likewise for the units of h_(t-1) that the product with weight_hh reads.
+            Default: 0.
+        weight_dropout: probability of dropping an entry of weight_hh for the whole sequence
+            (DropConnect, Merity et al. 2018). Default: 0.
+        zoneout: probability of a unit to keep its h of the step before{pair} (Krueger et al.
+            2017); in ``eval()`` the mean of both is taken. Default: 0.
+        layer_norm: normalize what the gates add up, weight_ih x_t and weight_hh h_(t-1) each over
+            all gates, and the c_t that the LSTM's output reads (Ba et al. 2016), before the biases.
+            Has parameters, for each layer and direction norm_ih_l0, norm_hh_l0 (gains, (G*H)), for
+            the LSTM norm_c_l0, norm_c_bias_l0 (H); in the constructor only. Default: False.{more}
+
+    Of what is dropped the rest is scaled, as in ``dropout``, and in ``eval()`` nothing is dropped.
+    Masks follow from ``torch.manual_seed``, whatever the number of threads. ``forward`` takes more
+    arguments, too: see there.
+    """
+
+
+def _class_doc(plain: type, pair: str = "", more: str = "") -> str:
+    extra = _OPTIONS_DOC.format(name=plain.__name__, pair=pair, more=more)
+    return (plain.__doc__ or "") + extra  # python -OO leaves none
+
+
 class RNN(_Recurrent, nn.RNN):
-    __doc__ = nn.RNN.__doc__
+    __doc__ = _class_doc(nn.RNN)
 
 
 class LSTM(_Recurrent, nn.LSTM):
-    __doc__ = nn.LSTM.__doc__
+    __doc__ = _class_doc(
+        nn.LSTM,
+        pair=",\n            or a pair (h, c) of them",
+        more="""
+        forget_bias: what the bias of the forget gate is initialized to, in bias_ih, with 0 in
+            bias_hh (Jozefowicz et al. 2015 suggest 1). Default: None, random as the others.""",
+    )
+
+    forget_bias: float | None = None
+
+    def __init__(self, *args, forget_bias: float | None = None, **kwargs) -> None:
+        if forget_bias is not None:
+            features.check_number("forget_bias", forget_bias)
+        super().__init__(*args, **kwargs)
+        if forget_bias is not None:
+            if not self.bias:
+                raise ValueError("forget_bias: expected bias=True")
+            self.forget_bias = float(forget_bias)
+            self._fill_forget_bias()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.forget_bias is not None:
+            self._fill_forget_bias()
+
+    @torch.no_grad()
+    def _fill_forget_bias(self) -> None:
+        forget = slice(self.hidden_size, 2 * self.hidden_size)  # of the gates i, f, g, o
+        for name, bias in self.named_parameters(recurse=False):
+            if name.startswith("bias_ih"):
+                bias[forget] = self.forget_bias
+            elif name.startswith("bias_hh"):
+                bias[forget] = 0.0
+
+    def extra_repr(self) -> str:
+        forget_bias = [] if self.forget_bias is None else [f"forget_bias={self.forget_bias}"]
+        return ", ".join([super().extra_repr(), *forget_bias])
 
 
 class GRU(_Recurrent, nn.GRU):
-    __doc__ = nn.GRU.__doc__
+    __doc__ = _class_doc(
+        nn.GRU,
+        more="""
+        reset_after: whether the reset gate multiplies the product W_hn h_(t-1) + b_hn, as in
+            torch.nn and cuDNN, or the h_(t-1) that the product reads, as in the original paper and
+            in Keras with ``reset_after=False``. Default: True.""",
+    )
+
+    _keywords = (*features.OPTION_NAMES, "reset_after")
+    reset_after = features.Option(True, features.reset_after_option)
 
 
 class _Cell(_NotScriptable, nn.RNNCellBase):

@@ -126,9 +126,13 @@ def test_appearance(name: str, options: dict) -> None:
 def test_signatures(name: str) -> None:
     ours, theirs = getattr(rnn_ext, name), getattr(nn, name)
     for method in ("__init__", "forward"):
-        actual = inspect.signature(getattr(ours, method)).parameters.values()
-        expected = inspect.signature(getattr(theirs, method)).parameters.values()
-        assert [(p.name, p.default) for p in actual] == [(p.name, p.default) for p in expected]
+        actual = inspect.signature(getattr(ours, method)).parameters
+        expected = inspect.signature(getattr(theirs, method)).parameters
+        extra = [actual[name] for name in actual if name not in expected]
+        assert all(p.kind == p.KEYWORD_ONLY and p.default in (None, False) for p in extra)
+        assert [(p.name, p.kind, p.default) for p in actual.values() if p not in extra] == [
+            (p.name, p.kind, p.default) for p in expected.values()
+        ]
 
 
 def test_constructor_warns_as_torch_does() -> None:

@@ -171,14 +171,23 @@ struct BackwardPass {
                 [&](Member& member, const Part& part, int64_t i) { step(member, part, i); });
       s = stop;
       if (s < end) return;
-      pack_chunk(team, begin, end);
-      weight_gradients(team, begin, end);
-      if (call.dx.data)
-        for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, begin, end);
+      products(team, begin, end);
     }
     if (to < shape.steps) return;
     step(team, Part::all(shape, plan), shape.steps);  // the last product: dL/dh_0
     team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
+  }
+
+  // What is left to do where call.known has the gate gradients: the products over all rows.
+  void run_known(Member& team) const {
+    for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
+      const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
+      const int64_t blocks = blocks_of(max_chunk_rows(shape, plan), kMaxRowBlock);
+      team.for_each(shape.directions * blocks, [&](int64_t i) {
+        take_known(int(i / blocks), s, end, i % blocks * kMaxRowBlock);
+      });
+      products(team, s, end);
+    }
   }
 
  private:
@@ -224,6 +233,33 @@ struct BackwardPass {
     });
   }
 
+  // A block of rows of the known gradients, where step() would have left them.
+  void take_known(int d, int64_t s, int64_t end, int64_t begin) const {
+    const Direction& w = directions[d];
+    const KnownGradients<T>& known = call.known[d];
+    const StepRange range = range_at(shape, reversed(d), s, end);
+    const int64_t last = begin + kMaxRowBlock < range.rows ? begin + kMaxRowBlock : range.rows;
+    const int64_t hidden = padded(shape.hidden_size), proj = shape.proj_size;
+    for (int64_t r = begin; r < last; ++r) {
+      const int64_t row = range.base + r;
+      copy_row(w.dgx[slot(s)] + r * gate_rows, known.dgx + row * gate_rows, gate_rows);
+      if constexpr (Cell::kSplitsGradient)
+        copy_row(w.dgh[slot(s)] + r * gate_rows, known.dgh + row * gate_rows, gate_rows);
+      if (!project) continue;
+      copy_row(w.dh + r * padded(proj), known.dh + row * proj, proj);
+      if constexpr (Cell::kHasCellState) {
+        const VectorMath<T> math{call.linear_activations};
+        const T* reserve = call.reserve[d] + row * kSaved * hidden;
+        for (int64_t unit = 0; w.output && unit < shape.hidden_size; unit += kLanes<T>) {
+          Vec<T> saved[kSaved];
+          for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden + unit);
+          store(w.output + r * hidden + unit,
+                Cell::template output<VectorMath<T>, Vec<T>>(math, saved));
+        }
+      }
+    }
+  }
+
   // The last element of a row of gate gradients may have room for a value that is never stored.
   void clear_operand_ends(const Direction& w) const {
     if (gate_rows % P::kPerElement == 0) return;
@@ -233,12 +269,14 @@ struct BackwardPass {
         for (int64_t r = 0; slots[i] && r < rows; ++r) slots[i][(r + 1) * gate_depth() - 1] = 0;
   }
 
+ public:
   static void pack(const T* matrix, int64_t ld, int64_t depth, Columns<T> columns, int64_t panel,
                    Element* panels) {
     pack_panel(matrix, ld, depth, columns, panel,
                panels + columns.offset(panel, elements<P>(depth)));
   }
 
+ private:
   static void pack_panel(const T* matrix, int64_t ld, int64_t depth, Columns<T> columns,
                          int64_t panel, Element* to) {
     const int64_t first = columns.first(panel);
@@ -523,6 +561,14 @@ struct BackwardPass {
       }
     }
     return u.dh_prev;
+  }
+
+  // All that follows from the gate gradients of a chunk.
+  void products(Member& team, int64_t s, int64_t end) const {
+    pack_chunk(team, s, end);
+    weight_gradients(team, s, end);
+    if (call.dx.data)
+      for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
   }
 
   // With the reset gate before the product, the way back through h_t and n; returns what of

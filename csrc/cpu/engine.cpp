@@ -146,12 +146,31 @@ void run_stack(const ForwardCall<T>* calls, const Plan* plans, void* const* work
   });
 }
 
+template <class T>
+WindowPlan plan_window(const WindowCall<T>& call, int max_threads) {
+  return make_window_plan({call.shape, int(sizeof(T)), current_kernels().vector_bytes, call.window,
+                           call.num_layers, max_threads});
+}
+template <class T>
+size_t workspace_bytes(const WindowCall<T>& call, const WindowPlan& plan) {
+  return current_kernels().of<T>().window_workspace(call, plan);
+}
+template <class T>
+void run(const WindowCall<T>& call, const WindowPlan& plan, void* workspace, Runner runner) {
+  const auto kernel = current_kernels().of<T>().window;
+  run_team(plan.threads, plan.stands_in, plan.seconds, runner,
+           [&](Member& member) { kernel(call, plan, workspace, member); });
+}
+
 #define RNN_EXT_INSTANTIATE(T)                                                                \
   template Plan plan_call<T>(const SequenceShape&, bool, int, bool);                          \
   template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);                     \
   template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&);                    \
   template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner);                    \
   template void run<T>(const BackwardCall<T>&, const Plan&, void*, Runner, int64_t, int64_t); \
+  template WindowPlan plan_window<T>(const WindowCall<T>&, int);                              \
+  template size_t workspace_bytes<T>(const WindowCall<T>&, const WindowPlan&);                \
+  template void run<T>(const WindowCall<T>&, const WindowPlan&, void*, Runner);               \
   template Wavefront plan_stack<T>(const SequenceShape*, int, int, bool);                     \
   template void run_stack<T>(const ForwardCall<T>*, const Plan*, void* const*, int,           \
                              const Wavefront&, Runner);

@@ -48,4 +48,11 @@ template <class T>
 void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner,
          int64_t from = 0, int64_t to = INT64_MAX);
 
+template <class T>
+WindowPlan plan_window(const WindowCall<T>& call, int max_threads);
+template <class T>
+size_t workspace_bytes(const WindowCall<T>& call, const WindowPlan& plan);
+template <class T>
+void run(const WindowCall<T>& call, const WindowPlan& plan, void* workspace, Runner runner);
+
 }  // namespace rnn_ext

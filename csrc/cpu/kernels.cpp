@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "window_pass.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 namespace {
@@ -56,8 +57,22 @@ template <class P>
 void backward(const BackwardCall<Value<P>>& call, const Plan& plan, void* workspace, Member& team,
               int64_t from, int64_t to) {
   with_cell(call.shape.cell, [&](auto cell) {
-    BackwardPass<P, decltype(cell)>(call, plan, workspace).run(team, from, to);
+    const BackwardPass<P, decltype(cell)> pass(call, plan, workspace);
+    call.known[0].dgx ? pass.run_known(team) : pass.run(team, from, to);
   });
+}
+
+template <class T>
+size_t window_workspace(const WindowCall<T>& call, const WindowPlan& plan) {
+  return with_cell(call.shape.cell, [&](auto cell) {
+    return WindowPass<T, decltype(cell)>(call, plan, nullptr).workspace_bytes;
+  });
+}
+
+template <class T>
+void window(const WindowCall<T>& call, const WindowPlan& plan, void* workspace, Member& team) {
+  with_cell(call.shape.cell,
+            [&](auto cell) { WindowPass<T, decltype(cell)>(call, plan, workspace).run(team); });
 }
 
 template <class T, Vec<T> (*kFunction)(Vec<T>)>
@@ -69,9 +84,20 @@ void elementwise(const T* x, T* y, int64_t n) {
 template <class P>
 constexpr KernelsOf<Value<P>> table() {
   using T = Value<P>;
-  return {forward_workspace<P>,    forward<P>,  forward_chunk<P>,
-          backward_workspace<P>,   backward<P>, elementwise<T, &sigmoid<T>>,
-          elementwise<T, &tanh<T>>};
+  KernelsOf<T> kernels = {forward_workspace<P>,
+                          forward<P>,
+                          forward_chunk<P>,
+                          backward_workspace<P>,
+                          backward<P>,
+                          nullptr,
+                          nullptr,
+                          elementwise<T, &sigmoid<T>>,
+                          elementwise<T, &tanh<T>>};
+  if constexpr (P::kPerElement == 1) {
+    kernels.window_workspace = window_workspace<T>;
+    kernels.window = window<T>;
+  }
+  return kernels;
 }
 
 #define RNN_EXT_STRING(x) #x

@@ -4,6 +4,7 @@
 #include "../sequence.h"
 #include "plan.h"
 #include "team.h"
+#include "window.h"
 
 namespace rnn_ext {
 
@@ -17,6 +18,9 @@ struct KernelsOf {
   // Positions [from, to) of the way back; all of them in order, in one run or in several.
   void (*backward)(const BackwardCall<T>&, const Plan&, void* workspace, Member&, int64_t from,
                    int64_t to);
+  // Null where products are of bfloat16.
+  size_t (*window_workspace)(const WindowCall<T>&, const WindowPlan&);
+  void (*window)(const WindowCall<T>&, const WindowPlan&, void* workspace, Member&);
   // Elementwise, for the accuracy tests: y[i] = f(x[i]).
   void (*sigmoid)(const T* x, T* y, int64_t n);
   void (*tanh)(const T* x, T* y, int64_t n);

@@ -23,6 +23,7 @@ constexpr int64_t kBackwardChunkRows = 256;
 constexpr int64_t kLargeGradients = 24 << 20;
 // At least: with 8, every member reading all of W_hh cost more than the waits it saved.
 constexpr int64_t kRowsOfAShare = 16;
+constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -138,6 +139,35 @@ Wavefront plan_wavefront(const PlanInput* layers, int count) {
                           kBarrierSeconds * (kWaves + count - 1);
   if (together < 0.85 * layer_by_layer) wave.threads = threads;
   return wave;
+}
+
+WindowPlan make_window_plan(const WindowPlanInput& input) {
+  const SequenceShape& s = input.shape;
+  const int64_t gates = num_gates(s.cell), rows = std::max<int64_t>(s.rows(), 1);
+  WindowPlan plan;
+  plan.tile_rows = rows < kTilesOfChains * kMaxRowBlock ? kMaxRowBlock / 2 : kMaxRowBlock;
+  const int64_t tiles = ceil_div(rows, plan.tile_rows);
+
+  const double weights =
+      double(gates) * s.hidden_size * s.state_size() * (2 * input.num_layers - 1) +
+      double(s.proj_size) * s.hidden_size * input.num_layers;
+  const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / input.element_bytes;
+  const int64_t depths = std::min(input.window, s.steps);
+  plan.seconds = 2 * weights * double(rows) * double(depths) / peak;
+  const int64_t threads = std::min<int64_t>(input.max_threads, tiles);
+  const double share = double(ceil_div(tiles, threads)) / double(tiles);
+  const double waits = kTeamStartSeconds + kBarrierSeconds * double(depths);
+  if (threads > 1 && plan.seconds * share + waits < 0.85 * plan.seconds)
+    plan.threads = int(threads);
+
+  // What a chain touches at a depth: reserve, sums, what it carries. Blocks of about one size, so
+  // that the last one has work for everybody, too.
+  const int64_t values = num_saved(s.cell) + (s.cell == CellKind::kGru ? 2 : 1) * gates + 2;
+  const int64_t row_bytes = values * padded(s.hidden_size) * input.element_bytes * input.num_layers;
+  const int64_t own = std::max<int64_t>(int64_t(kOwnCacheBytes) / row_bytes / plan.tile_rows, 2);
+  const int64_t blocks = ceil_div(tiles, own * plan.threads);
+  plan.block_rows = ceil_div(tiles, blocks) * plan.tile_rows;
+  return plan;
 }
 
 }  // namespace rnn_ext

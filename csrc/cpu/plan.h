@@ -51,4 +51,24 @@ struct Wavefront {
 
 Wavefront plan_wavefront(const PlanInput* layers, int count);
 
+// Truncated backpropagation over a window: see window_pass.h.
+struct WindowPlan {
+  int threads = 1;
+  bool stands_in = false;  // as in Plan
+  int64_t tile_rows = 1;   // chains of one job; decides roundings, so by the shape alone
+  int64_t block_rows = 1;  // chains that go through all depths together, a multiple of tile_rows
+  double seconds = 0;      // predicted, of one thread
+};
+
+struct WindowPlanInput {
+  SequenceShape shape;
+  int element_bytes = 4;
+  int vector_bytes = 16;
+  int64_t window = 1;
+  int64_t num_layers = 1;
+  int max_threads = 1;
+};
+
+WindowPlan make_window_plan(const WindowPlanInput& input);
+
 }  // namespace rnn_ext

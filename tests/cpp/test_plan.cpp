@@ -206,3 +206,34 @@ TEST(packing) {
   backward.backward = true;
   CHECK(make_plan(backward).packed_weights);
 }
+
+TEST(window) {
+  for (CellKind cell : {CellKind::kRnnTanh, CellKind::kLstm, CellKind::kGru})
+    for (int64_t steps : {1, 7, 200, 100000})
+      for (int64_t batch : {1, 16, 1000})
+        for (int64_t hidden_size : {1, 128, 4096})
+          for (int64_t num_layers : {1, 4}) {
+            WindowPlanInput in;
+            in.shape = {cell, steps, batch, 1, hidden_size};
+            in.window = 20;
+            in.num_layers = num_layers;
+            const int64_t tile = make_window_plan(in).tile_rows, rows = steps * batch;
+            for (int max_threads : {1, 2, 64}) {
+              in.max_threads = max_threads;
+              const WindowPlan plan = make_window_plan(in);
+              CHECK_EQ(plan.tile_rows, tile);  // whatever decides roundings
+              CHECK_EQ(plan.block_rows % tile, 0);
+              CHECK(plan.threads >= 1 && plan.threads <= max_threads);
+              CHECK(plan.threads == 1 || (plan.threads - 1) * tile < rows);  // nobody without work
+              CHECK(plan.block_rows - tile < rows);
+              CHECK(plan.seconds > 0);
+            }
+          }
+  WindowPlanInput in;
+  in.shape = {CellKind::kLstm, 200, 16, 128, 128};
+  in.window = 20;
+  in.max_threads = 2;
+  CHECK_EQ(make_window_plan(in).threads, 2);
+  in.shape = {CellKind::kLstm, 3, 1, 2, 2};
+  CHECK_EQ(make_window_plan(in).threads, 1);
+}
