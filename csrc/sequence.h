@@ -113,6 +113,15 @@ struct Features {
   // Zoneout (Krueger et al. 2017): h_t = h~ + z * (h_{t-1} - h~), c_t likewise, where h~ comes from
   // the c~ before it. An RNN then keeps its h~ in the reserve, one value per unit.
   StepRows<const T> zoneout_h, zoneout_c;  // (T, B, D*H)
+  // Layer normalization inside the cell (Ba et al. 2016): the G*H values of W_hh h_{t-1} of a row
+  // become (v - mean) / sqrt(variance + eps) * norm_hh before b_hh is added, and the LSTM's output
+  // reads c_t normalized likewise, with norm_c and its bias; c_t itself stays what it is.
+  const T* norm_hh[kMaxDirections] = {};      // (G*H), null: no normalization
+  const T* norm_c[kMaxDirections] = {};       // (H), LSTM only
+  const T* norm_c_bias[kMaxDirections] = {};  // (H)
+  double norm_eps = 0;
+  // x holds the gates' input side W_ih x_t + b_ih itself, (T, B, D*G*H), and there is no W_ih.
+  bool projected_input = false;
   // Gradients stop between every so many positions of a direction's own order; 0: nowhere.
   int64_t detach_steps = 0;
   // The part of the sequence that a call runs, in positions of the directions' own order: it begins
@@ -122,6 +131,14 @@ struct Features {
 
   RNN_EXT_SHARED_INLINE int64_t end(const SequenceShape& shape) const {
     return last_position < shape.steps ? last_position : shape.steps;
+  }
+  // Values kept per hidden unit, row and direction between forward and backward: the cell's (an
+  // RNN's own output where zoneout mixes it), then the normalized products and their 1/sqrt.
+  RNN_EXT_SHARED_INLINE int kept_of_cell(CellKind cell) const {
+    return num_saved(cell) > 0 ? num_saved(cell) : zoneout_h.data || norm_hh[0] ? 1 : 0;
+  }
+  RNN_EXT_SHARED_INLINE int kept(CellKind cell) const {
+    return kept_of_cell(cell) + (norm_hh[0] ? num_gates(cell) + 1 : 0);
   }
   // Does direction d come to the b-th row's step t, where it is active, with the reset state?
   RNN_EXT_SHARED_INLINE bool starts_anew(const SequenceShape& shape, int d, int64_t t,
@@ -165,6 +182,10 @@ struct DirectionGradients {
   // Of Features::reset_h and reset_c.
   T* reset_h = nullptr;  // (B, R)
   T* reset_c = nullptr;  // (B, H)
+  // Of Features::norm_hh, norm_c and norm_c_bias.
+  T* norm_hh = nullptr;      // (G*H)
+  T* norm_c = nullptr;       // (H)
+  T* norm_c_bias = nullptr;  // (H)
 };
 
 // Gradients of the gates that are known before backward begins, rows in time order; with them it is

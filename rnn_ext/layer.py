@@ -13,11 +13,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rnn_ext.fake import SAVED, compute_dtype, padded
 from rnn_ext.functional import GRU, LSTM, RNN_RELU
 
-__all__ = ["layer"]
+__all__ = ["LayerNorm", "layer"]
+
+
+class LayerNorm(NamedTuple):
+    """Gains of layer normalization in a cell with G gates, one row for each direction."""
+
+    ih: Tensor  # (D, G*H), of W_ih x_t
+    hh: Tensor  # (D, G*H), of W_hh h_(t-1)
+    c: Tensor | None = None  # (D, H), of the c_t that the LSTM's output reads, and its bias
+    c_bias: Tensor | None = None
+    eps: float = 1e-5
 
 
 class _Call(NamedTuple):
@@ -34,12 +45,17 @@ class _Call(NamedTuple):
     hidden_mask: Tensor | None
     zoneout_h: Tensor | None
     zoneout_c: Tensor | None
+    norm_hh: Tensor | None
+    norm_c: Tensor | None
+    norm_c_bias: Tensor | None
     cell: int
     has_biases: bool
     bidirectional: bool
     batch_first: bool
-    detach_steps: int
-    checkpoint_steps: int
+    detach_steps: int = 0
+    checkpoint_steps: int = 0
+    norm_eps: float = 0.0
+    projected_input: bool = False
 
     @property
     def directions(self) -> int:
@@ -47,14 +63,28 @@ class _Call(NamedTuple):
 
     def differentiable(self) -> list[Tensor | None]:
         """In the order of the gradients that backward returns."""
-        return [self.input, self.h_0, self.c_0, self.reset_h, self.reset_c, *self.params]
+        return [*(getattr(self, name) for name in _DIFFERENTIABLE), *self.params]
 
     def with_differentiable(self, tensors: Sequence[Tensor | None]) -> _Call:
-        names = ("input", "h_0", "c_0", "reset_h", "reset_c")
-        return self._replace(**dict(zip(names, tensors, strict=False)), params=list(tensors[5:]))
+        states = dict(zip(_DIFFERENTIABLE, tensors, strict=False))
+        return self._replace(**states, params=list(tensors[len(states) :]))
 
 
-_TENSORS = 11  # of _Call: those before the options
+_DIFFERENTIABLE = (
+    "input", "h_0", "c_0", "reset_h", "reset_c", "norm_hh", "norm_c", "norm_c_bias",
+)  # fmt: skip
+
+
+def _by_argument(gradients: Sequence[Tensor | None]) -> list:
+    """Gradients in the order of `_DIFFERENTIABLE` and the parameters as autograd wants them: one
+    for each of the operator's arguments."""
+    found = dict(zip(_DIFFERENTIABLE, gradients, strict=False))
+    found["params"] = list(gradients[len(_DIFFERENTIABLE) :])
+    return [found.get(name) for name in _Call._fields]
+
+
+_GATES = {LSTM: 4, GRU: 3}  # else 1
+_TENSORS = 14  # of _Call: those before the options
 
 
 def layer(
@@ -74,6 +104,7 @@ def layer(
     hidden_mask: Tensor | None = None,
     zoneout_h: Tensor | None = None,
     zoneout_c: Tensor | None = None,
+    norm: LayerNorm | None = None,
     detach_steps: int = 0,
     checkpoint_steps: int = 0,
     return_cells: bool = False,
@@ -92,6 +123,8 @@ def layer(
             differentiated, as little as zoneout.
         zoneout_h, zoneout_c: (T, B, D*H) or (B, T, D*H), may be expanded: how much of the state
             before a step stays (0: nothing, 1: all of it).
+        norm: gains of layer normalization inside the cell (Ba et al. 2016); the biases b_ih, b_hh
+            are added after it.
         detach_steps: gradients stop between every so many steps; 0: nowhere.
         checkpoint_steps: keep states between segments of about so many steps for backward, which
             runs each segment again; 0: keep everything.
@@ -104,25 +137,48 @@ def layer(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit.
         TypeError: resets that are not bool.
-        ValueError: zoneout together with projections; negative steps.
+        ValueError: zoneout or layer normalization together with projections; negative steps.
     """
     call = _Call(
         input, list(params), lengths, resets, h_0, c_0, reset_h, reset_c, hidden_mask,
-        zoneout_h, zoneout_c, cell, bias, bidirectional, batch_first, detach_steps,
-        checkpoint_steps,
+        zoneout_h, zoneout_c, None, None, None, cell, bias, bidirectional, batch_first,
+        detach_steps, checkpoint_steps,
     )  # fmt: skip
+    if norm is not None:
+        call = _normalized(call, norm)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         cast = [_cast(t, dtype) for t in call[:1] + call[4:_TENSORS]]
         call = call._replace(
             input=cast[0],
-            params=[_cast(p, dtype) for p in params],
+            params=[_cast(p, dtype) for p in call.params],
             **dict(zip(_Call._fields[4:_TENSORS], cast[1:], strict=True)),
         )
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in call.differentiable()
     )
     return torch.ops.rnn_ext.recurrent_layer(*call, return_cells, needs_grad)[:4]
+
+
+def _normalized(call: _Call, norm: LayerNorm) -> _Call:
+    """The call with W_ih x_t projected and normalized here; what is left is the recurrent side."""
+    count = len(call.params) // call.directions
+    gates, params = [], []
+    for d in range(call.directions):
+        w_ih, w_hh, *rest = call.params[d * count : (d + 1) * count]
+        b_ih = rest.pop(0) if call.has_biases else None
+        projected = F.linear(call.input, w_ih)
+        gates.append(F.layer_norm(projected, w_ih.shape[:1], norm.ih[d], b_ih, norm.eps))
+        params += [w_hh, *rest]
+    return call._replace(
+        input=gates[0] if len(gates) == 1 else torch.cat(gates, -1),
+        params=params,
+        norm_hh=norm.hh,
+        norm_c=norm.c,
+        norm_c_bias=norm.c_bias,
+        norm_eps=norm.eps,
+        projected_input=True,
+    )
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -134,15 +190,18 @@ def _fake(*args):
     call, return_cells, save_reserve = _Call(*args[:-2]), args[-2], args[-1]
     input = call.input
     steps, batch = (input.shape[1], input.shape[0]) if call.batch_first else input.shape[:2]
-    hidden = call.params[0].shape[0] // {LSTM: 4, GRU: 3}.get(call.cell, 1)
-    state = call.params[1].shape[1]
+    w_hh = call.params[0 if call.projected_input else 1]
+    gates, state = _GATES.get(call.cell, 1), w_hh.shape[1]
+    hidden = w_hh.shape[0] // gates
     directions, lstm = call.directions, call.cell == LSTM
 
     def rows(width):
         return input.new_empty((*input.shape[:2], directions * width))
 
     size = 0
-    saved = SAVED.get(call.cell, int(call.zoneout_h is not None))
+    norm = call.norm_hh is not None
+    saved = SAVED.get(call.cell, int(call.zoneout_h is not None or norm))
+    saved += gates + 1 if norm else 0
     if save_reserve and call.checkpoint_steps > 0 and saved:
         segments = (steps + call.checkpoint_steps - 1) // call.checkpoint_steps
         size = segments * directions * batch * (state + (hidden if lstm else 0))
@@ -189,9 +248,8 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
     if grad_cells is not None and grad_cells.dim() == 1:  # of cells that were not asked for
         grad_cells = None
     grads = [grad_output, grad_h_n, grad_c_n, grad_cells]
-    needs = list(ctx.needs_input_grad[: len(_Call._fields)])
-    param_needs = needs[1] if isinstance(needs[1], (list, tuple)) else [needs[1]] * ctx.num_params
-    mask = [needs[0], *needs[4:8], *param_needs]
+    needs = dict(zip(_Call._fields, ctx.needs_input_grad[: len(_Call._fields)], strict=True))
+    mask = [needs[name] for name in _DIFFERENTIABLE] + list(needs["params"])
     found = torch.ops.rnn_ext.recurrent_layer_backward(
         *grads, *call[:_TENSORS], output, reserve, *call[_TENSORS:], mask
     )
@@ -200,10 +258,7 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
         g if asked and t is not None else None
         for g, asked, t in zip(found, mask, given, strict=True)
     ]
-    return (
-        found[0], found[5:], None, None, *found[1:5], *[None] * (len(_Call._fields) - 8),
-        None, None,
-    )  # fmt: skip
+    return *_by_argument(found), None, None
 
 
 torch.library.register_autograd("rnn_ext::recurrent_layer", _backward, setup_context=_setup_context)
@@ -253,12 +308,8 @@ def _double_backward(ctx, found_grads):
             )  # fmt: skip
     second = iter(second)
     all_found = [None if t is None else next(second) for t in (*grads, *leaves)]
-    of_grads, of_call = all_found[:4], all_found[4:]
-    rest = len(_Call._fields) - 8
-    return (
-        *of_grads, of_call[0], of_call[5:], None, None, *of_call[1:5], None, None, None,
-        None, None, *[None] * (rest - 3), None,
-    )  # fmt: skip
+    of_call = _by_argument(all_found[4:])
+    return *all_found[:4], *of_call[:_TENSORS], None, None, *of_call[_TENSORS:], None
 
 
 torch.library.register_autograd(
@@ -279,8 +330,8 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     x = call.input.transpose(0, 1) if call.batch_first else call.input
     steps, batch, _ = x.shape
     lstm, directions = call.cell == LSTM, call.directions
-    state = call.params[1].shape[1]
-    hidden = call.params[0].shape[0] // {LSTM: 4, GRU: 3}.get(call.cell, 1)
+    w_hh = call.params[0 if call.projected_input else 1]
+    state, hidden = w_hh.shape[1], w_hh.shape[0] // _GATES.get(call.cell, 1)
     per_direction = len(call.params) // directions
 
     def in_time(t):
@@ -291,9 +342,11 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     outputs, all_cells, h_n, c_n = [], [], [], []
     for d in range(directions):
         params = call.params[d * per_direction : (d + 1) * per_direction]
-        w_ih, w_hh = params[:2]
-        b_ih, b_hh = params[2:4] if call.has_biases else (None, None)
-        w_hr = params[-1] if state != hidden or per_direction % 2 else None
+        b_ih = b_hh = None
+        w_ih, w_hh, *rest = (None, *params) if call.projected_input else params
+        if call.has_biases:
+            b_ih, b_hh, *rest = (None, *rest) if call.projected_input else rest
+        w_hr = rest[0] if rest else None
         zero_h, zero_c = x.new_zeros(batch, state), x.new_zeros(batch, hidden)
         h = zero_h if call.h_0 is None else call.h_0[d]
         c = zero_c if call.c_0 is None else call.c_0[d]
@@ -319,15 +372,27 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
                 anew = anew[:, None] & active
                 h, c = torch.where(anew, reset_h, h), torch.where(anew, reset_c, c)
             read = h if call.hidden_mask is None else h * call.hidden_mask[d]
-            gx = torch.nn.functional.linear(x[t], w_ih, b_ih)
-            gh = torch.nn.functional.linear(read, w_hh, b_hh)
+            if call.projected_input:
+                gx = x[t, :, d * w_hh.shape[0] : (d + 1) * w_hh.shape[0]]
+            else:
+                gx = F.linear(x[t], w_ih, b_ih)
+            gh = F.linear(read, w_hh, b_hh)
+            if call.norm_hh is not None:
+                gh = F.layer_norm(
+                    F.linear(read, w_hh), w_hh.shape[:1], call.norm_hh[d], b_hh, call.norm_eps
+                )
             new_c = c
             if lstm:
                 i, f, g, o = (gx + gh).chunk(4, 1)
                 new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                new_h = o.sigmoid() * new_c.tanh()
+                seen = new_c
+                if call.norm_c is not None:
+                    seen = F.layer_norm(
+                        new_c, (hidden,), call.norm_c[d], call.norm_c_bias[d], call.norm_eps
+                    )
+                new_h = o.sigmoid() * seen.tanh()
                 if w_hr is not None:
-                    new_h = torch.nn.functional.linear(new_h, w_hr)
+                    new_h = F.linear(new_h, w_hr)
             elif call.cell == GRU:
                 (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, 1), gh.chunk(3, 1)
                 n = (xn + (xr + hr).sigmoid() * hn).tanh()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rnn_ext import functional as F
-from rnn_ext.layer import _Call, composite, layer
+from rnn_ext.layer import LayerNorm, _Call, _normalized, composite, layer
 
 CELLS = {
     "rnn_tanh": (F.RNN_TANH, 1),
@@ -73,6 +73,10 @@ def draw_call(seed, cell, **forced):
             else:
                 call[name] = torch.full((1, 1, directions * hidden), 0.3, dtype=torch.float64)
                 call[name] = call[name].expand((*rows(1, grad=False).shape[:2], -1))
+    if not proj and maybe("norm", 0.3):
+        gains = [tensor(directions, gates * hidden) for _ in range(2)]
+        gains += [tensor(directions, hidden) for _ in range(2)] if lstm else [None, None]
+        call["norm"] = LayerNorm(*gains, eps=0.01)
     if maybe("detach", 0.3):
         call["detach_steps"] = r.choice([1, 2, 7, 50])
     if maybe("checkpoint", 0.3):
@@ -83,17 +87,16 @@ def draw_call(seed, cell, **forced):
 
 
 def as_call(input, params, call):
-    values = dict(call)
-    values.pop("return_cells", None)
-    values["has_biases"] = values.pop("bias")
-    options = dict(detach_steps=0, checkpoint_steps=0)
-    fields = {name: values.get(name, options.get(name)) for name in _Call._fields}
-    return _Call(**{**fields, "input": input, "params": params})
+    values = {**_Call._field_defaults, **call, "has_biases": call["bias"]}
+    fields = {name: values.get(name) for name in _Call._fields}
+    made = _Call(**{**fields, "input": input, "params": params})
+    return _normalized(made, call["norm"]) if "norm" in call else made
 
 
 def leaves_of(input, params, call):
     states = [call.get(n) for n in ("h_0", "c_0", "reset_h", "reset_c")]
-    return [t for t in (input, *states, *params) if t is not None]
+    gains = call.get("norm", ())[:4]
+    return [t for t in (input, *states, *gains, *params) if t is not None]
 
 
 def run_both(input, params, call):
@@ -133,7 +136,10 @@ def test_checkpoints_do_not_change_a_bit(seed, dtype, cell):
 
     input, params, call = draw_call(seed, cell, checkpoint=False)
     input, params = cast(input), [cast(p) for p in params]
-    call = {name: cast(value) for name, value in call.items()}
+    call = {
+        name: LayerNorm(*map(cast, value)) if name == "norm" else cast(value)
+        for name, value in call.items()
+    }
     leaves = leaves_of(input, params, call)
     results = []
     for steps in (0, 1, 3, 11):

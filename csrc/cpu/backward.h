@@ -46,10 +46,15 @@ struct BackwardPass {
     Element* dgh_operand[2];
     T* carry;  // (B, padded(R)): dL/dh on its way to the next position, without the product
     T* dc;     // (B, padded(H))
-    T* dh;     // (chunk rows, padded(P)): dL/dh after the projection
+    T* dh;     // (chunk rows, padded(R)): dL/dh, where its row has to be complete before the cell
     Element* dh_operand;
     T* output;  // (chunk rows, padded(H)): h before the projection
     WeightGradient ih, hh, hr;
+    // Only with layer normalization, of a chunk's rows: gradients by what it yields, and those
+    // times what it starts from, normalized.
+    T *dnormal, *dnormal_hh;  // (chunk rows, G*H)
+    T *dc_out, *dc_gain;      // (chunk rows, H), by the normalized c
+    T* dc_row;  // (B, 3, padded(H)): by c and by o's gate, from the output; normalized c
   };
 
   const BackwardCall<T>& call;
@@ -57,7 +62,8 @@ struct BackwardPass {
   const Features<T>& features;
   const Plan& plan;
   const int64_t gate_rows;  // G*H
-  const bool project;
+  const bool project, norm;
+  const bool splits;  // do gradients of the gates' input side and recurrent side differ?
   Columns<T> state_columns, input_columns, hidden_columns;
   Direction directions[kMaxDirections];
   Element* w_ih = nullptr;  // a panel of (G*H, I) per member of the team, only for dx
@@ -70,6 +76,8 @@ struct BackwardPass {
         plan(p),
         gate_rows(kGates * c.shape.hidden_size),
         project(c.shape.proj_size > 0),
+        norm(c.features.norm_hh[0]),
+        splits(Cell::kSplitsGradient || norm),
         state_columns{c.shape.state_size()},
         input_columns{c.shape.input_size},
         hidden_columns{c.shape.hidden_size} {
@@ -97,13 +105,18 @@ struct BackwardPass {
         const bool used = i == 0 || plan.chunk_steps < shape.steps;
         w.dgx[i] = take(rows * gate_rows, used);
         w.dgx_operand[i] = take_operand(w.dgx[i], rows * gate_depth(), used);
-        w.dgh[i] = Cell::kSplitsGradient ? take(rows * gate_rows, used) : w.dgx[i];
-        w.dgh_operand[i] = Cell::kSplitsGradient ? take_operand(w.dgh[i], rows * gate_depth(), used)
-                                                 : w.dgx_operand[i];
+        w.dgh[i] = splits ? take(rows * gate_rows, used) : w.dgx[i];
+        w.dgh_operand[i] =
+            splits ? take_operand(w.dgh[i], rows * gate_depth(), used) : w.dgx_operand[i];
       }
       w.carry = take(shape.batch * padded(shape.state_size()));
       w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
-      w.dh = take(rows * padded(shape.proj_size), project);
+      w.dh = take(rows * padded(shape.state_size()), project || norm);
+      w.dnormal = take(rows * gate_rows, norm);
+      w.dnormal_hh = take(rows * gate_rows, norm);
+      w.dc_out = take(rows * H, norm && Cell::kHasCellState);
+      w.dc_gain = take(rows * H, norm && Cell::kHasCellState);
+      w.dc_row = take(shape.batch * 3 * padded(H), norm && Cell::kHasCellState);
       w.dh_operand = take_operand(w.dh, rows * projection_stride(), project);
       w.output = take(rows * padded(H), project && g.w_hr);
     }
@@ -121,11 +134,12 @@ struct BackwardPass {
       Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
       set_up(w.ih, g.w_ih, gate_rows, input_columns);
-      set_up(w.hh, g.w_hh, gate_rows, state_columns, Cell::kSplitsGradient ? nullptr : w.ih.left);
+      set_up(w.hh, g.w_hh, gate_rows, state_columns, splits ? nullptr : w.ih.left);
       set_up(w.hr, g.w_hr, shape.proj_size, hidden_columns);
     }
     arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
-    if (call.dx.data) w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
+    if (call.dx.data && !features.projected_input)
+      w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
     workspace_bytes = arena.bytes();
   }
 
@@ -284,7 +298,9 @@ struct BackwardPass {
   void step(Member& team, const Part& part, int64_t s) const {
     for_tiles(team, part, state_columns.panels(),
               [&](int d, int64_t panel, int64_t begin) { state_tile(d, panel, s, begin); });
-    if (!project || s == shape.steps) return;
+    if (s == shape.steps) return;
+    if (norm) return for_part_rows(team, part, s, [&](int d, int64_t b) { norm_row(d, s, b); });
+    if (!project) return;
     for_tiles(team, part, hidden_columns.panels(),
               [&](int d, int64_t panel, int64_t begin) { projected_tile(d, panel, s, begin); });
   }
@@ -295,6 +311,17 @@ struct BackwardPass {
     team.for_each(part.jobs(panels), [&](int64_t i) {
       job(part.first_direction + int(i / (panels * part.blocks)), i / part.blocks % panels,
           (part.first_block + i % part.blocks) * plan.row_block);
+    });
+  }
+
+  // Calls job(direction, batch row) for the part's rows of position s.
+  template <class Job>
+  void for_part_rows(Member& team, const Part& part, int64_t s, Job&& job) const {
+    const int64_t rows = part.blocks * plan.row_block;
+    team.for_each(part.directions * rows, [&](int64_t i) {
+      const int d = part.first_direction + int(i / rows);
+      const int64_t b = part.first_block * plan.row_block + i % rows;
+      if (b < active_at(d, s)) job(d, b);
     });
   }
 
@@ -353,11 +380,11 @@ struct BackwardPass {
         }
       }
     }
-    if (project) {
+    if (project || norm) {
       for (int64_t r = 0; r < now; ++r) {
         const int64_t row = chunk_row(d, s) + begin + r;
         copy_row(w.dh + row * stride + first, tile + r * width, width);
-        if constexpr (!kValuesAreOperands) {
+        if (!kValuesAreOperands && project) {
           for (int64_t i = 0; i < width; i += kLanes<T>)
             P::store(w.dh_operand + row * projection_stride(), first + i,
                      load(tile + r * width + i), kLanes<T>);
@@ -422,9 +449,9 @@ struct BackwardPass {
     const VectorMath<T> math{call.linear_activations};
     const int64_t H = shape.hidden_size, hidden = padded(H), rest = H - unit;
     Vec<T> saved[kSaved + 1], dx[kGates], dg[kGates];
+    const T* reserve =
+        kSaved > 0 || features.kept(shape.cell) > 0 ? reserve_row(d, t, b) + unit : nullptr;
     if constexpr (kSaved > 0) {
-      const int64_t kept = shape.first_row(t) + b - call.reserve_first_row[d];
-      const T* reserve = call.reserve[d] + kept * kSaved * hidden + unit;
 #pragma GCC unroll 8
       for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden);
       if constexpr (Cell::kHasCellState) {
@@ -450,10 +477,7 @@ struct BackwardPass {
       const Vec<T> z = load_upto(features.zoneout_h.at(shape, t, b) + d * H + unit, rest);
       dh_past = u.dh * z;
       u.dh -= dh_past;
-      if constexpr (Cell::kReadsOutput) {
-        const int64_t kept = shape.first_row(t) + b - call.reserve_first_row[d];
-        u.h = load(call.reserve[d] + kept * hidden + unit);
-      }
+      if constexpr (Cell::kReadsOutput) u.h = load(reserve);
     }
     if constexpr (Cell::kHasCellState) {
       if (features.zoneout_c.data) {
@@ -462,7 +486,17 @@ struct BackwardPass {
         u.dc -= dc_past;
       }
     }
+    Vec<T> do_gate = {};
+    if constexpr (Cell::kHasCellState) {
+      if (norm) {  // what goes through the output is known already
+        const T* known = w.dc_row + b * 3 * hidden + unit;
+        u.dc += load(known);
+        do_gate = load(known + hidden);
+        u.dh = Vec<T>{};
+      }
+    }
     Cell::backward(math, saved, u, dx, dg);
+    if (Cell::kHasCellState && norm) dx[kGates - 1] = do_gate;  // the gates end with o
     u.dh_prev += dh_past;
     if constexpr (Cell::kHasCellState) {
       u.dc += dc_past;
@@ -484,13 +518,118 @@ struct BackwardPass {
       store_upto(w.dgx[slot(s)] + row * gate_rows + column, dx[g], rest);
       if constexpr (!kValuesAreOperands)
         P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, dx[g], rest);
-      if constexpr (Cell::kSplitsGradient) {
+      if (norm) {
+        store_upto(w.dnormal + row * gate_rows + column, Cell::kSplitsGradient ? dg[g] : dx[g],
+                   rest);
+      } else if constexpr (Cell::kSplitsGradient) {
         store_upto(w.dgh[slot(s)] + row * gate_rows + column, dg[g], rest);
         if constexpr (!kValuesAreOperands)
           P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dg[g], rest);
       }
     }
     return u.dh_prev;
+  }
+
+  const T* reserve_row(int d, int64_t t, int64_t b) const {
+    const int64_t row = shape.first_row(t) + b - call.reserve_first_row[d];
+    return call.reserve[d] + row * features.kept(shape.cell) * padded(shape.hidden_size);
+  }
+
+  // The cell's backward for a row whose dL/dh is complete, then that of the layer normalization.
+  void norm_row(int d, int64_t s, int64_t b) const {
+    const Direction& w = directions[d];
+    const int64_t t = step_at(shape, reversed(d), s), row = chunk_row(d, s) + b;
+    const int64_t H = shape.hidden_size, hidden = padded(H), n = gate_rows;
+    const T* const dh = w.dh + row * hidden;
+    if constexpr (Cell::kHasCellState) norm_output(d, t, b, row, dh);
+    for (int64_t unit = 0; unit < H; unit += kLanes<T>)
+      store(w.carry + b * hidden + unit, unit_backward(d, s, t, b, unit, load(dh + unit)));
+    // y = gain * x, x = (v - mean) / deviation:
+    //   dv = (dx - mean(dx) - x * mean(dx * x)) / deviation with dx = gain * dy
+    const T* const kept = reserve_row(d, t, b) + features.kept_of_cell(shape.cell) * hidden;
+    const T* const dy = w.dnormal + row * n;
+    const auto for_vectors = [&](auto&& visit) {
+      for (int g = 0; g < kGates; ++g)
+        for (int64_t unit = 0; unit < H; unit += kLanes<T>)
+          visit(g * H + unit, load(kept + g * hidden + unit), H - unit);
+    };
+    Vec<T> sum = {}, product = {};
+    for_vectors([&](int64_t column, Vec<T> x, int64_t rest) {
+      const Vec<T> by_gain = load_upto(dy + column, rest) * x;
+      store_upto(w.dnormal_hh + row * n + column, by_gain, rest);
+      const Vec<T> gain = load_upto(features.norm_hh[d] + column, rest);
+      sum += load_upto(dy + column, rest) * gain;
+      product += by_gain * gain;
+    });
+    const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(n));
+    const Vec<T> slope = splat<T>(sum_of_lanes<T>(product) / T(n));
+    const Vec<T> deviation = load(kept + kGates * hidden);
+    for_vectors([&](int64_t column, Vec<T> x, int64_t rest) {
+      const Vec<T> dx =
+          load_upto(dy + column, rest) * load_upto(features.norm_hh[d] + column, rest);
+      const Vec<T> dv = (dx - mean - x * slope) * deviation;
+      store_upto(w.dgh[slot(s)] + row * n + column, dv, rest);
+      if constexpr (!kValuesAreOperands)
+        P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dv, rest);
+    });
+  }
+
+  // dL/dc_t and the gradient of o's gate that come from h~_t = o * tanh(c normalized).
+  void norm_output(int d, int64_t t, int64_t b, int64_t row, const T* dh) const {
+    if constexpr (Cell::kHasCellState) {
+      const Direction& w = directions[d];
+      const VectorMath<T> math{call.linear_activations};
+      const int64_t H = shape.hidden_size, hidden = padded(H);
+      const T* const reserve = reserve_row(d, t, b);
+      T* const dc = w.dc_row + b * 3 * hidden;
+      T *const do_gate = dc + hidden, *const x = do_gate + hidden;
+      const T* const past =
+          features.zoneout_h.data ? features.zoneout_h.at(shape, t, b) + d * H : nullptr;
+      const auto for_units = [&](auto&& visit) {
+        for (int64_t unit = 0; unit < H; unit += kLanes<T>) visit(unit, H - unit);
+      };
+      Vec<T> sum = {}, squares = {};
+      for_units([&](int64_t unit, int64_t rest) {
+        Vec<T> saved[kSaved];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden + unit);
+        const Vec<T> c = first_lanes<T>(Cell::next_c(saved), rest);
+        store(x + unit, c);
+        sum += c;
+      });
+      const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(H));
+      for_units([&](int64_t unit, int64_t rest) {
+        const Vec<T> v = first_lanes<T>(load(x + unit) - mean, rest);
+        store(x + unit, v);
+        squares += v * v;
+      });
+      const Vec<T> deviation =
+          splat<T>(inverse_deviation(sum_of_lanes<T>(squares), H, features.norm_eps));
+      Vec<T> dx_sum = {}, product = {};
+      for_units([&](int64_t unit, int64_t rest) {
+        const Vec<T> normal = load(x + unit) * deviation;
+        const Vec<T> gain = load_upto(features.norm_c[d] + unit, rest);
+        const Vec<T> tanh_c =
+            math.tanh(normal * gain + load_upto(features.norm_c_bias[d] + unit, rest));
+        const Vec<T> o = load(reserve + 3 * hidden + unit);
+        Vec<T> dh_cell = load(dh + unit);
+        if (past) dh_cell -= dh_cell * load_upto(past + unit, rest);
+        const Vec<T> dy = dh_cell * o * math.tanh_grad(tanh_c);
+        store(x + unit, normal);
+        store(do_gate + unit, dh_cell * tanh_c * math.sigmoid_grad(o));
+        store_upto(w.dc_out + row * H + unit, dy, rest);
+        store_upto(w.dc_gain + row * H + unit, dy * normal, rest);
+        const Vec<T> dx = first_lanes<T>(dy * gain, rest);
+        store(dc + unit, dx);
+        dx_sum += dx;
+        product += dx * normal;
+      });
+      const Vec<T> dx_mean = splat<T>(sum_of_lanes<T>(dx_sum) / T(H));
+      const Vec<T> slope = splat<T>(sum_of_lanes<T>(product) / T(H));
+      for_units([&](int64_t unit, int64_t) {
+        store(dc + unit, (load(dc + unit) - dx_mean - load(x + unit) * slope) * deviation);
+      });
+    }
   }
 
   // All that follows from the gate gradients of a chunk.
@@ -505,12 +644,15 @@ struct BackwardPass {
   void pack_chunk(Member& team, int64_t s, int64_t end) const {
     const int64_t gate_blocks = blocks_of(gate_rows, kMaxRowBlock);
     const int64_t projection_blocks = blocks_of(shape.proj_size, kMaxRowBlock);
+    const int64_t hidden_blocks = blocks_of(shape.hidden_size, kMaxRowBlock);
     const int64_t counts[] = {gate_blocks,
                               gate_blocks,
                               projection_blocks,
                               input_columns.panels(),
                               state_columns.panels(),
-                              hidden_columns.panels()};
+                              hidden_columns.panels(),
+                              norm ? gate_blocks : 0,
+                              norm && Cell::kHasCellState ? hidden_blocks : 0};
     int64_t jobs = 0;
     for (int64_t count : counts) jobs += count;
     team.for_each(shape.directions * jobs, [&](int64_t job) {
@@ -523,15 +665,17 @@ struct BackwardPass {
       while (i >= counts[kind]) i -= counts[kind++];
       switch (kind) {
         case 0: {
-          const bool both = !Cell::kSplitsGradient;
+          const bool both = !splits;
           pack_left(w.dgx[slot(s)], gate_rows, range.rows, i,
                     both && !w.ih.left ? w.hh.left : w.ih.left, gate_rows);
-          return sum_rows(w.dgx[slot(s)], range.rows, i, s == 0, g.b_ih, both ? g.b_hh : nullptr);
+          return sum_rows(w.dgx[slot(s)], gate_rows, range.rows, i, s == 0, g.b_ih,
+                          both ? g.b_hh : nullptr);
         }
         case 1:
-          if (!Cell::kSplitsGradient) return;
+          if (!splits) return;
           pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, gate_rows);
-          return sum_rows(w.dgh[slot(s)], range.rows, i, s == 0, g.b_hh, nullptr);
+          return sum_rows(norm ? w.dnormal : w.dgh[slot(s)], gate_rows, range.rows, i, s == 0,
+                          g.b_hh, nullptr);
         case 2:
           return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left,
                            shape.proj_size);
@@ -546,6 +690,11 @@ struct BackwardPass {
           return pack_right(range, i, w.hr, [&](int64_t row, int64_t, int64_t) {
             return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);
           });
+        case 6:
+          return sum_rows(w.dnormal_hh, gate_rows, range.rows, i, s == 0, g.norm_hh, nullptr);
+        case 7:
+          sum_rows(w.dc_out, shape.hidden_size, range.rows, i, s == 0, g.norm_c_bias, nullptr);
+          return sum_rows(w.dc_gain, shape.hidden_size, range.rows, i, s == 0, g.norm_c, nullptr);
       }
     });
   }
@@ -560,18 +709,19 @@ struct BackwardPass {
       pack_row<P>(from + r * ld + first, m - first, kVectors, r, out);
   }
 
-  void sum_rows(const T* from, int64_t rows, int64_t block, bool first_chunk, T* bias,
+  // A block of columns of the (rows, n) sources, summed over the rows.
+  void sum_rows(const T* from, int64_t n, int64_t rows, int64_t block, bool first_chunk, T* bias,
                 T* also) const {
     if (!bias && !also) return;
     const int64_t first = block * kMaxRowBlock;
-    const int64_t last = first + kMaxRowBlock < gate_rows ? first + kMaxRowBlock : gate_rows;
+    const int64_t last = first + kMaxRowBlock < n ? first + kMaxRowBlock : n;
     for (int64_t column = first; column < last; column += kLanes<T>) {
       const int64_t rest = last - column;
       Vec<T> sum = {};
       for (int64_t r = 0; r < rows;) {  // in two levels: the error grows with the square root
         const int64_t end = r + kSumRows < rows ? r + kSumRows : rows;
         Vec<T> part = {};
-        for (; r < end; ++r) part += load_upto(from + r * gate_rows + column, rest);
+        for (; r < end; ++r) part += load_upto(from + r * n + column, rest);
         sum += part;
       }
       for (T* to : {bias, also})
@@ -652,6 +802,17 @@ struct BackwardPass {
   // panel it needs into its member's own space: a copy of all of W_ih would count in peak memory.
   void input_gradient(Member& team, int d, int64_t s, int64_t end) const {
     const StepRange range = range_at(shape, reversed(d), s, end);
+    if (features.projected_input) {
+      team.for_each(blocks_of(range.rows, kMaxRowBlock), [&](int64_t i) {
+        const int64_t begin = i * kMaxRowBlock, rest = range.rows - begin;
+        for_rows(shape, range, begin, begin + (rest < kMaxRowBlock ? rest : kMaxRowBlock),
+                 [&](int64_t row, int64_t t, int64_t b) {
+                   copy_row(call.dx.at(shape, t, b) + d * gate_rows,
+                            directions[d].dgx[slot(s)] + row * gate_rows, gate_rows);
+                 });
+      });
+      return;
+    }
     const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kMaxRowBlock);
     const int64_t most =
         blocks_of(team.members(), panels);  // fewer panels than members: share them

@@ -149,6 +149,12 @@ inline void zero_row(T* to, int64_t n) {
   std::memset(to, 0, size_t(n) * sizeof(T));
 }
 
+// 1 / standard deviation of n values, from the sum of their squared distances to the mean.
+template <class T>
+RNN_EXT_INLINE T inverse_deviation(T squares, int64_t n, double eps) {
+  return T(1 / __builtin_sqrt(double(squares) / double(n) + eps));
+}
+
 // Fills a (B, padded(width)) state of the rows in the order they are counted. source(b): the b-th
 // row's values, null means zeros.
 template <class T, class Source>

@@ -29,9 +29,10 @@ struct GateMatrix {
 
   int64_t panel_offset(int64_t panel) const { return columns.column(panel) * elements<P>(depth); }
 
-  void load_bias(int64_t panel, const T* plain) const {
+  // A panel's part of a (G*H) row in panel order, zeros where there is none.
+  void load_row(int64_t panel, const T* plain, T* to) const {
     for_vectors(panel, [&](int v, int64_t row, int64_t count) {
-      store(bias + columns.column(panel) + v * kLanes<T>,
+      store(to + columns.column(panel) + v * kLanes<T>,
             plain ? load_upto(plain + row, count) : Vec<T>{});
     });
   }
@@ -82,7 +83,6 @@ struct ForwardPass {
   static constexpr bool kValuesAreOperands = P::kPerElement == 1;
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
-  static constexpr int kKept = kSaved > 0 ? kSaved : 1;  // in a reserve that there is
   using Matrix = GateMatrix<P, kGates>;
 
   struct Direction {
@@ -96,6 +96,10 @@ struct ForwardPass {
     Element* h_operand[2];  // the same as operands
     T* c;                   // (B, padded(H))
     Element* unprojected;   // (B, padded(H))
+    // Only with layer normalization.
+    T* gh;                // (B, width): products with W_hh
+    T *gain, *norm_bias;  // (width) in panel order: norm_hh, b_hh
+    T* unnormalized;      // (B, 2, padded(H)): the LSTM's o and c
   };
 
   const ForwardCall<T>& call;
@@ -104,6 +108,7 @@ struct ForwardPass {
   const Plan& plan;
   const bool plain;              // nothing beyond the cell at any step
   const bool separate_operands;  // does the product read something else than h itself?
+  const bool norm;
   GateColumns<T, kGates> columns;
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
@@ -122,11 +127,13 @@ struct ForwardPass {
         plain(!c.features.resets.data && !c.features.zoneout_h.data && !c.features.zoneout_c.data &&
               !c.cells.data),
         separate_operands(!kValuesAreOperands || c.features.hidden_mask[0]),
+        norm(c.features.norm_hh[0]),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
-    gather =
-        !evenly_spaced(shape, call.x, &x_stride) || !plan.packed_weights || !kValuesAreOperands;
+    const bool multiply = !features.projected_input;
+    gather = multiply && (!evenly_spaced(shape, call.x, &x_stride) || !plan.packed_weights ||
+                          !kValuesAreOperands);
     if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
     const int64_t depth_x = elements<P>(shape.input_size);
@@ -137,7 +144,8 @@ struct ForwardPass {
       const DirectionWeights<T>& from = call.weights[d];
       w.input = {columns, shape.input_size, from.w_ih, from.ld_ih, arena.take<T>(width)};
       w.recurrent = {columns, shape.state_size(), from.w_hh, from.ld_hh, arena.take<T>(width)};
-      w.w_ih = plan.packed_weights && !one_chunk ? arena.take<Element>(width * depth_x) : nullptr;
+      w.w_ih = plan.packed_weights && !one_chunk && multiply ? arena.take<Element>(width * depth_x)
+                                                             : nullptr;
       w.w_hh = plan.packed_weights && plan.packed_recurrent ? arena.take<Element>(width * depth_h)
                                                             : nullptr;
       w.x = gather ? arena.take<Element>(rows * x_stride) : nullptr;
@@ -147,13 +155,18 @@ struct ForwardPass {
         if constexpr (kValuesAreOperands) w.h_operand[i] = w.h[i];
         if (separate_operands) w.h_operand[i] = arena.take<Element>(shape.batch * state_stride());
       }
-      w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
+      w.gh = norm ? arena.take<T>(shape.batch * width) : nullptr;
+      w.gain = norm ? arena.take<T>(width) : nullptr;
+      w.norm_bias = norm ? arena.take<T>(width) : nullptr;
+      w.unnormalized = norm && Cell::kHasCellState
+                           ? arena.take<T>(shape.batch * 2 * padded(shape.hidden_size))
+                           : nullptr;
       const bool project = shape.proj_size > 0;
       w.projection =
           project ? arena.take<Element>(projection_columns.size(hidden_depth())) : nullptr;
       w.unprojected = project ? arena.take<Element>(shape.batch * hidden_stride()) : nullptr;
     }
-    if (plan.packed_weights && one_chunk)
+    if (plan.packed_weights && one_chunk && multiply)
       member_panels = arena.take<Element>(plan.threads * member_panel_size());
     workspace_bytes = arena.bytes();
   }
@@ -193,8 +206,12 @@ struct ForwardPass {
       const Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
       if (i < panels) {
-        w.input.load_bias(i, from.b_ih);
-        w.recurrent.load_bias(i, from.b_hh);
+        w.input.load_row(i, from.b_ih, w.input.bias);
+        w.recurrent.load_row(i, norm ? nullptr : from.b_hh, w.recurrent.bias);
+        if (norm) {
+          w.recurrent.load_row(i, features.norm_hh[d], w.gain);
+          w.recurrent.load_row(i, from.b_hh, w.norm_bias);
+        }
         if (w.w_ih) w.input.pack(i, w.w_ih + w.input.panel_offset(i));
         if (w.w_hh) w.recurrent.pack(i, w.w_hh + w.recurrent.panel_offset(i));
       } else if (i < panels + projections) {
@@ -245,18 +262,16 @@ struct ForwardPass {
       const int64_t n = blocks_of(range_at(shape, d == 1, s, end).rows, kMaxRowBlock);
       if (n > blocks) blocks = n;
     }
-    if (gather) {
+    if (gather || features.projected_input) {
       team.for_each(shape.directions * blocks, [&](int64_t job) {
         const int d = int(job / blocks);
         const StepRange range = range_at(shape, d == 1, s, end);
         const int64_t begin = job % blocks * kMaxRowBlock;
         for_rows(shape, range, begin, block_end(begin, range),
-                 [&](int64_t row, int64_t t, int64_t b) {
-                   store_row<P>(directions[d].x + row * x_stride, call.x.at(shape, t, b),
-                                shape.input_size);
-                 });
+                 [&](int64_t row, int64_t t, int64_t b) { take_row(d, row, t, b); });
       });
     }
+    if (features.projected_input) return;
     const int64_t panels = columns.panels();
     if (!member_panels) {
       team.for_each(shape.directions * panels * blocks, [&](int64_t job) {
@@ -278,6 +293,15 @@ struct ForwardPass {
       for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
         input_tile(d, panel, packed, range_at(shape, d == 1, s, end), block);
     });
+  }
+
+  // A row of the input as an operand, or what is already projected in panel order.
+  void take_row(int d, int64_t row, int64_t t, int64_t b) const {
+    const Direction& w = directions[d];
+    const T* x = call.x.at(shape, t, b);
+    if (!features.projected_input) return store_row<P>(w.x + row * x_stride, x, shape.input_size);
+    for (int64_t panel = 0; panel < columns.panels(); ++panel)
+      w.input.load_row(panel, x + d * kGates * shape.hidden_size, w.gx + row * columns.width());
   }
 
   void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
@@ -319,6 +343,17 @@ struct ForwardPass {
     });
   }
 
+  // Calls job(direction, t, batch row) for the part's rows of position s.
+  template <class Job>
+  void for_part_rows(Member& team, const Part& part, int64_t s, Job&& job) const {
+    const int64_t rows = part.blocks * plan.row_block;
+    team.for_each(part.directions * rows, [&](int64_t i) {
+      const int d = part.first_direction + int(i / rows);
+      const int64_t t = step_at(shape, d == 1, s), b = part.first_block * plan.row_block + i % rows;
+      if (b < shape.active(t)) job(d, t, b);
+    });
+  }
+
   void step(Member& team, const Part& part, int64_t s, int64_t chunk_begin,
             int64_t chunk_end) const {
     for_tiles(team, part, s, columns.panels(),
@@ -326,6 +361,11 @@ struct ForwardPass {
                 const StepRange range = range_at(shape, d == 1, chunk_begin, chunk_end);
                 gate_tile(d, panel, s, t, begin, rows, shape.first_row(t) - range.base);
               });
+    if (norm)
+      for_part_rows(team, part, s, [&](int d, int64_t t, int64_t b) {
+        const StepRange range = range_at(shape, d == 1, chunk_begin, chunk_end);
+        norm_row(d, s, t, b, shape.first_row(t) - range.base + b);
+      });
     if (shape.proj_size > 0)
       for_tiles(team, part, s, projection_columns.panels(),
                 [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
@@ -336,58 +376,129 @@ struct ForwardPass {
   void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
                  int64_t gx_row) const {
     const Direction& w = directions[d];
-    const VectorMath<T> math{call.linear_activations};
-    const int64_t width = columns.width(), state = padded(shape.state_size());
-    const int64_t hidden = padded(shape.hidden_size);
-    const int unit_vectors = columns.unit_vectors(panel);
-    const int64_t tile_width = kGates * unit_vectors * kLanes<T>;
-    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    const T* h_prev = w.h[s & 1] + begin * state;
+    const int64_t tile_width = columns.vectors(panel) * kLanes<T>;
+    alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    T* const tile = norm ? w.gh + begin * columns.width() + columns.column(panel) : buffer;
     w.recurrent.multiply(panel, w.w_hh ? w.w_hh + w.recurrent.panel_offset(panel) : nullptr, rows,
                          w.h_operand[s & 1] + begin * state_stride(), state_stride(), tile,
-                         tile_width);
+                         norm ? columns.width() : tile_width);
+    if (norm) return;
+    for (int64_t r = 0; r < rows; ++r)
+      cell_row(d, panel, s, t, begin + r, gx_row + begin + r, tile + r * tile_width);
+  }
 
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = begin + r;
-      const T* gx = w.gx + (gx_row + b) * width + columns.column(panel);
-      const T* gh = tile + r * tile_width;
-      T* y = call.y.at(shape, t, b) + d * shape.state_size();
-      T* reserve = call.reserve[d]
-                       ? call.reserve[d] +
-                             (shape.first_row(t) + b - call.reserve_first_row[d]) * kKept * hidden
-                       : nullptr;
-      const Beyond beyond = beyond_plain(d, t, b);
-      for (int u = 0; u < unit_vectors; ++u) {
-        const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
-        Vec<T> x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
+  T* reserve_row(int d, int64_t t, int64_t b) const {
+    if (!call.reserve[d]) return nullptr;
+    const int64_t row = shape.first_row(t) + b - call.reserve_first_row[d];
+    return call.reserve[d] + row * features.kept(shape.cell) * padded(shape.hidden_size);
+  }
+
+  // The cell for one row of a panel. `gh`: what its gates get from h_{t-1}.
+  RNN_EXT_INLINE void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b,
+                               int64_t gx_row, const T* gh) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t hidden = padded(shape.hidden_size);
+    const int unit_vectors = columns.unit_vectors(panel);
+    const T* gx = w.gx + gx_row * columns.width() + columns.column(panel);
+    const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
+    T* y = call.y.at(shape, t, b) + d * shape.state_size();
+    T* reserve = reserve_row(d, t, b);
+    const Beyond beyond = beyond_plain(d, t, b);
+    for (int u = 0; u < unit_vectors; ++u) {
+      const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
+      Vec<T> x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
 #pragma GCC unroll 4
-        for (int g = 0; g < kGates; ++g) {
-          x[g] = load(gx + (g * unit_vectors + u) * kLanes<T>);
-          h[g] = load(gh + (g * unit_vectors + u) * kLanes<T>);
-        }
-        if constexpr (Cell::kHasCellState) c = load(w.c + b * hidden + unit);
-        if (Cell::kReadsPreviousOutput || beyond.zoneout_h)
-          previous = load(h_prev + r * state + unit);
-        const Vec<T> c_prev = c;
-        Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
-        if (Cell::kReadsOutput && reserve) store(reserve + unit, out);
-        if (beyond.any) out = beyond.blend(out, previous, c, c_prev, unit, shape.hidden_size);
-        if constexpr (Cell::kHasCellState)
-          store(w.c + b * hidden + unit,
-                beyond.anew ? row_vector(beyond.reset_c, unit, shape.hidden_size) : c);
-        if (reserve) {
-#pragma GCC unroll 8
-          for (int i = 0; i < kSaved; ++i) store(reserve + i * hidden + unit, saved[i]);
-        }
-        if (shape.proj_size > 0) {
-          P::store(w.unprojected + b * hidden_stride(), unit, out, kLanes<T>);
-        } else {
-          out = round_to<T>(out, call.rounding);
-          store_h(d, s, b, unit,
-                  beyond.anew ? row_vector(beyond.reset_h, unit, shape.hidden_size) : out);
-          store_upto(y + unit, out, shape.hidden_size - unit);
-        }
+      for (int g = 0; g < kGates; ++g) {
+        x[g] = load(gx + (g * unit_vectors + u) * kLanes<T>);
+        h[g] = load(gh + (g * unit_vectors + u) * kLanes<T>);
       }
+      if constexpr (Cell::kHasCellState) c = load(w.c + b * hidden + unit);
+      if (Cell::kReadsPreviousOutput || beyond.zoneout_h) previous = load(h_prev + unit);
+      const Vec<T> c_prev = c;
+      Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
+      if (Cell::kReadsOutput && reserve) store(reserve + unit, out);
+      if constexpr (Cell::kHasCellState) {
+        if (norm) {
+          T* kept = w.unnormalized + b * 2 * hidden + unit;
+          store(kept, saved[3]);
+          store(kept + hidden, first_lanes<T>(c, shape.hidden_size - unit));
+        }
+        if (beyond.any) c = beyond.next_c(c, c_prev, unit, shape.hidden_size);
+        store(w.c + b * hidden + unit,
+              beyond.anew ? row_vector(beyond.reset_c, unit, shape.hidden_size) : c);
+      }
+      if (reserve) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSaved; ++i) store(reserve + i * hidden + unit, saved[i]);
+      }
+      if (shape.proj_size > 0)
+        P::store(w.unprojected + b * hidden_stride(), unit, out, kLanes<T>);
+      else if (!Cell::kHasCellState || !norm)
+        emit_h(d, s, b, unit, beyond.next_h(out, previous, unit, shape.hidden_size), beyond, y);
+    }
+  }
+
+  // Layer normalization of a row's products with W_hh, then the cell.
+  void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const {
+    const Direction& w = directions[d];
+    const int64_t H = shape.hidden_size, hidden = padded(H), width = columns.width();
+    T* const gh = w.gh + b * width;
+    T* reserve = reserve_row(d, t, b);
+    if (reserve) reserve += features.kept_of_cell(shape.cell) * hidden;
+    // visit(vector of the row, gate, unit)
+    const auto for_vectors = [&](auto&& visit) {
+      for (int64_t panel = 0; panel < columns.panels(); ++panel)
+        for (int g = 0; g < kGates; ++g)
+          for (int u = 0; u < columns.unit_vectors(panel); ++u)
+            visit(columns.column(panel) + (g * columns.unit_vectors(panel) + u) * kLanes<T>, g,
+                  columns.first_unit(panel) + u * kLanes<T>);
+    };
+    Vec<T> sum = {}, squares = {};
+    for (int64_t i = 0; i < width; i += kLanes<T>) sum += load(gh + i);  // zeros where no unit is
+    const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(kGates * H));
+    for_vectors([&](int64_t i, int, int64_t unit) {
+      const Vec<T> v = first_lanes<T>(load(gh + i) - mean, H - unit);
+      squares += v * v;
+    });
+    const T deviation = inverse_deviation(sum_of_lanes<T>(squares), kGates * H, features.norm_eps);
+    for_vectors([&](int64_t i, int g, int64_t unit) {
+      const Vec<T> v = first_lanes<T>((load(gh + i) - mean) * splat<T>(deviation), H - unit);
+      if (reserve) store(reserve + g * hidden + unit, v);
+      store(gh + i, v * load(w.gain + i) + load(w.norm_bias + i));
+    });
+    if (reserve)
+      for (int64_t unit = 0; unit < hidden; unit += kLanes<T>)
+        store(reserve + kGates * hidden + unit, splat<T>(deviation));
+    for (int64_t panel = 0; panel < columns.panels(); ++panel)
+      cell_row(d, panel, s, t, b, gx_row, gh + columns.column(panel));
+    if constexpr (Cell::kHasCellState) norm_output(d, s, t, b);
+  }
+
+  // h_t = o * tanh(normalized c_t)
+  void norm_output(int d, int64_t s, int64_t t, int64_t b) const {
+    const Direction& w = directions[d];
+    const VectorMath<T> math{call.linear_activations};
+    const int64_t H = shape.hidden_size, hidden = padded(H);
+    const T* const o = w.unnormalized + b * 2 * hidden;
+    const T* const c = o + hidden;
+    Vec<T> sum = {}, squares = {};
+    for (int64_t unit = 0; unit < H; unit += kLanes<T>) sum += load(c + unit);
+    const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(H));
+    for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
+      const Vec<T> v = first_lanes<T>(load(c + unit) - mean, H - unit);
+      squares += v * v;
+    }
+    const Vec<T> deviation =
+        splat<T>(inverse_deviation(sum_of_lanes<T>(squares), H, features.norm_eps));
+    const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
+    const Beyond beyond = beyond_plain(d, t, b);
+    T* y = call.y.at(shape, t, b) + d * H;
+    for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
+      const Vec<T> v = (load(c + unit) - mean) * deviation;
+      const Vec<T> h = load(o + unit) * math.tanh(v * row_vector(features.norm_c[d], unit, H) +
+                                                  row_vector(features.norm_c_bias[d], unit, H));
+      emit_h(d, s, b, unit, beyond.next_h(h, load(h_prev + unit), unit, H), beyond, y);
     }
   }
 
@@ -399,14 +510,13 @@ struct ForwardPass {
     const T *zoneout_h = nullptr, *zoneout_c = nullptr;
     T* cells = nullptr;
 
-    RNN_EXT_INLINE Vec<T> blend(Vec<T> h, Vec<T> h_prev, Vec<T>& c, Vec<T> c_prev, int64_t unit,
-                                int64_t H) const {
-      if (zoneout_h) h += row_vector(zoneout_h, unit, H) * (h_prev - h);
-      if constexpr (Cell::kHasCellState) {
-        if (zoneout_c) c += row_vector(zoneout_c, unit, H) * (c_prev - c);
-        if (cells) store_upto(cells + unit, c, H - unit);
-      }
-      return h;
+    RNN_EXT_INLINE Vec<T> next_c(Vec<T> c, Vec<T> c_prev, int64_t unit, int64_t H) const {
+      if (zoneout_c) c += row_vector(zoneout_c, unit, H) * (c_prev - c);
+      if (cells) store_upto(cells + unit, c, H - unit);
+      return c;
+    }
+    RNN_EXT_INLINE Vec<T> next_h(Vec<T> h, Vec<T> h_prev, int64_t unit, int64_t H) const {
+      return zoneout_h ? h + row_vector(zoneout_h, unit, H) * (h_prev - h) : h;
     }
   };
   RNN_EXT_INLINE Beyond beyond_plain(int d, int64_t t, int64_t b) const {
@@ -434,6 +544,12 @@ struct ForwardPass {
     return row && unit < n ? load_upto(row + unit, n - unit) : Vec<T>{};
   }
 
+  RNN_EXT_INLINE void emit_h(int d, int64_t s, int64_t b, int64_t unit, Vec<T> h,
+                             const Beyond& beyond, T* y) const {
+    h = round_to<T>(h, call.rounding);
+    store_h(d, s, b, unit, beyond.anew ? row_vector(beyond.reset_h, unit, shape.hidden_size) : h);
+    store_upto(y + unit, h, shape.hidden_size - unit);
+  }
   // h_t of one vector of units, where the next position looks for it.
   void store_h(int d, int64_t s, int64_t b, int64_t unit, Vec<T> h) const {
     const Direction& w = directions[d];

@@ -87,6 +87,21 @@ RNN_EXT_INLINE void store_upto(T* p, Vec<T> v, int64_t n) {
   else
     store_first(p, v, n);
 }
+// Zeros in the lanes beyond the first n (n may exceed them).
+template <class T>
+RNN_EXT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) return v;
+  T lanes[kLanes<T>] = {};
+  store_first(lanes, v, n);
+  return load(lanes);
+}
+template <class T>
+RNN_EXT_INLINE T sum_of_lanes(Vec<T> v) {
+  T sum = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
 template <class T>
 RNN_EXT_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // not {} + x, which would turn -0.0 into 0.0
