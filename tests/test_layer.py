@@ -157,9 +157,11 @@ def test_checkpoints_really_cut_the_sequence():
     """A long narrow sequence has several of the plan's chunks: the reserve is then much smaller."""
     input = torch.randn(600, 16, 64, requires_grad=True)
     params = [torch.randn(256, 64) * 0.1, torch.randn(256, 64) * 0.1]
-    args = [input, params, *[None] * 9, F.LSTM, False, False, False, 0]
-    plain = torch.ops.rnn_ext.recurrent_layer(*args, 0, False, True)
-    cut = torch.ops.rnn_ext.recurrent_layer(*args, 100, False, True)
+    call = as_call(input, params, dict(cell=F.LSTM, bias=False))
+    call = call._replace(bidirectional=False, batch_first=False)
+    operator = torch.ops.rnn_ext.recurrent_layer
+    plain = operator(*call, False, True)
+    cut = operator(*call._replace(checkpoint_steps=100), False, True)
     assert cut[4].numel() == 6 * 16 * (64 + 64)
     assert plain[4].numel() == 600 * 16 * 5 * 64
     assert torch.equal(plain[0], cut[0])

@@ -155,6 +155,7 @@ struct ForwardPass {
         if constexpr (kValuesAreOperands) w.h_operand[i] = w.h[i];
         if (separate_operands) w.h_operand[i] = arena.take<Element>(shape.batch * state_stride());
       }
+      w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
       w.gh = norm ? arena.take<T>(shape.batch * width) : nullptr;
       w.gain = norm ? arena.take<T>(width) : nullptr;
       w.norm_bias = norm ? arena.take<T>(width) : nullptr;
