@@ -21,8 +21,6 @@ struct WindowPass {
   using P = FullPrecision<T>;
   static constexpr int kGates = Cell::kNumGates;
   static constexpr int kSaved = Cell::kNumSaved;
-  // Of a product's depth at a time: a panel's slice stays in the L1 cache while all rows pass.
-  static constexpr int64_t kSliceDepth = 96;
 
   // Of one member of the team, for the rows of a tile.
   struct Scratch {
@@ -152,15 +150,10 @@ struct WindowPass {
 
   void multiply(int64_t rows, const T* left, int64_t stride, int64_t depth, const T* panels,
                 Columns<T> columns, T* out, int64_t out_stride) const {
-    for (int64_t panel = 0; panel < columns.panels(); ++panel) {
-      const int vectors = columns.vectors(panel);
-      const T* packed = panels + columns.offset(panel, depth);
-      T* to = out + columns.first(panel);
-      for (int64_t k = 0; k < depth; k += kSliceDepth)
-        multiply_panel<P>(vectors, rows, smaller(kSliceDepth, depth - k), {left + k, stride},
-                          packed + k * vectors * kLanes<T>, k > 0 ? to : nullptr, out_stride, to,
-                          out_stride);
-    }
+    for (int64_t panel = 0; panel < columns.panels(); ++panel)
+      multiply_panel<P>(columns.vectors(panel), rows, depth, {left, stride},
+                        panels + columns.offset(panel, depth), nullptr, 0,
+                        out + columns.first(panel), out_stride);
   }
 
   // Takes chains [from, to) of the block that begins at `block` from depth to depth + 1.

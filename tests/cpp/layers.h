@@ -268,7 +268,7 @@ inline constexpr unsigned kInputGradient = 1u << (2 * kMembers);
 
 template <class T>
 Gradients run_backward(const Layer& layer, const Forward<T>& forward, const Setting& setting = {},
-                       unsigned wanted = kAllGradients) {
+                       unsigned wanted = kAllGradients, const KnownGradients<T>* known = nullptr) {
   const SequenceShape& s = layer.shape;
   const int64_t R = s.state_size(), gate_rows = num_gates(s.cell) * s.hidden_size;
   Inputs<T> inputs;
@@ -305,6 +305,7 @@ Gradients run_backward(const Layer& layer, const Forward<T>& forward, const Sett
     for (unsigned i = 0; i < kMembers; ++i)
       if (sizes[i] > 0 && (wanted >> (unsigned(d) * kMembers + i) & 1))
         pointers[i] = allocate(arrays[d][i], sizes[i]);
+    if (known) call.known[d] = known[d];
     call.gradients[d] = {pointers[0], pointers[1], pointers[2], pointers[3],
                          pointers[4], pointers[5], pointers[6]};
   }
