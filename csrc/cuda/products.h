@@ -25,6 +25,8 @@ struct TensorCoreProduct {
   static constexpr int kColumnTiles = kPassRows / kRowTile;
   static constexpr int kValues = kVectorLength<T>;
   static constexpr int kDepth = 4 * kValues;  // of a fragment
+  static constexpr int kUnrolled =
+      sizeof(T) == 4 ? 1 : 2;  // fragments: float has no registers for 2
   static_assert(kDepthBlock % kDepth == 0);
 
   static RNN_EXT_DEVICE T operand(T value) {
@@ -62,7 +64,7 @@ struct TensorCoreProduct {
     constexpr int kFragment = kWarp * kValues;  // elements
     const int64_t count = fragments(blocks);
     const T* const from = exchange + first_row / kRowTile * count * kFragment + lane * kValues;
-#pragma unroll 2
+#pragma unroll kUnrolled
     for (int64_t f = slot; f < count; f += kSlots) {
       uint32_t b[kColumnTiles][4];
 #pragma unroll
