@@ -8,6 +8,7 @@ steps, B rows, D directions, I input size, H hidden size, R = ``proj_size`` if t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -161,10 +162,27 @@ def layer(
             params=[_cast(p, dtype) for p in call.params],
             **dict(zip(_Call._fields[4:_TENSORS], cast[1:], strict=True)),
         )
+    if input.device.type not in ("cpu", "meta"):
+        return _step_by_step(call)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in call.differentiable()
     )
     return torch.ops.rnn_ext.recurrent_layer(*call, return_cells, needs_grad)[:4]
+
+
+def _step_by_step(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`layer` on a device that has no kernel for it."""
+    device = call.input.device
+    warnings.warn(
+        f"rnn_ext: there is no kernel on {device.type} for lengths, resets and the other options "
+        "beyond torch.nn's; they are computed step by step in torch operations",
+        stacklevel=3,
+    )
+    lengths = None if call.lengths is None else call.lengths.to(device)
+    found = composite(call._replace(lengths=lengths))
+    empty = call.input.new_empty(0)
+    output, h_n, c_n, cells = (empty if t is None else t for t in found)
+    return output, h_n, c_n, cells
 
 
 def _normalized(call: _Call, norm: LayerNorm) -> _Call:
@@ -345,7 +363,9 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
         return t.transpose(0, 1) if t is not None and call.batch_first else t
 
     resets, zoneout_h, zoneout_c = map(in_time, (call.resets, call.zoneout_h, call.zoneout_c))
-    lengths = call.lengths if call.lengths is not None else torch.full((batch,), steps)
+    lengths = call.lengths
+    if lengths is None:
+        lengths = torch.full((batch,), steps, device=x.device)
     outputs, all_cells, h_n, c_n = [], [], [], []
     for d in range(directions):
         params = call.params[d * per_direction : (d + 1) * per_direction]

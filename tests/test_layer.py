@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rnn_ext import functional as F
-from rnn_ext.layer import LayerNorm, _Call, _normalized, composite, layer
+from rnn_ext.layer import LayerNorm, _Call, _normalized, _step_by_step, composite, layer
 
 CELLS = {
     "rnn_tanh": (F.RNN_TANH, 1),
@@ -199,3 +199,15 @@ def test_second_derivatives(cell):
         grads.append(torch.autograd.grad(again, leaves, allow_unused=True))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_devices_without_a_kernel_compute_step_by_step(cell):
+    """What `layer` does with a tensor on such a device, here with one on the CPU."""
+    for seed in range(5):
+        input, params, call = draw_call(seed, cell)
+        with pytest.warns(UserWarning, match="no kernel on cpu"):
+            found = _step_by_step(as_call(input, params, call))
+        expected = layer(input, params, **call)
+        for a, b in zip(found[:3], expected[:3], strict=True):
+            torch.testing.assert_close(a, b, **TOLERANCE)

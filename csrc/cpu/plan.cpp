@@ -27,6 +27,17 @@ constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What part of all rows of all steps the first rows of the batch have: those of packed data are the
+// longest.
+double part_of_work(const SequenceShape& s, int64_t rows) {
+  int64_t own = 0, all = 0;
+  for (int64_t t = 0; t < s.steps && s.batch_sizes; ++t) {
+    own += std::min(s.active(t), rows);
+    all += s.active(t);
+  }
+  return all > 0 ? double(own) / double(all) : 0;
+}
+
 }  // namespace
 
 Plan make_plan(const PlanInput& input) {
@@ -98,7 +109,9 @@ Plan make_plan(const PlanInput& input) {
     if (parts < 2 || parts > input.max_threads) continue;
     // Every part reads all weights of its direction at every step.
     if (batch / shares < kRowsOfAShare && bytes / s.directions > kOwnCacheBytes) continue;
-    const double share = double(ceil_div(blocks, shares)) / double(s.directions * blocks);
+    const double share = std::max(double(ceil_div(blocks, shares)) / double(blocks),
+                                  part_of_work(s, blocks / shares * plan.row_block)) /
+                         s.directions;
     const double apart = kTeamStartSeconds + alone * share + kBarrierSeconds * chunks;
     if (apart < best && apart < 0.85 * alone) {
       best = apart;

@@ -161,6 +161,13 @@ TEST(a_part_of_the_batch_each) {
     PlanInput in = input(50, 16, 256, 256, 2);
     in.backward = backward;
     CHECK_EQ(make_plan(in).shares, 0);
+    // Rows of very different lengths: the first half of them would have most of the steps.
+    const std::vector<int64_t> sizes = {32, 32, 16, 16, 16, 16, 16, 16};
+    in = input(int64_t(sizes.size()), 32, 256, 256, 2);
+    in.backward = backward;
+    in.shape.batch_sizes = sizes.data();
+    CHECK_EQ(make_plan(in).threads, 2);
+    CHECK_EQ(make_plan(in).shares, 0);
   }
 }
 

@@ -131,6 +131,7 @@ def compile_type(name: str, archs: list[int], folder: Path) -> tuple[str, int, l
     target = kept / "engine.o"
     command = [
         *("nvcc", "-std=c++20", "-O3", "-DNDEBUG", f"-DRNN_EXT_CUDA_TYPE={name}"),
+        "--compress-mode=size",  # as CMakeLists.txt has it
         *("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fPIC", "-Xptxas", "-v"),
         *(f"-I{ROOT / 'csrc'}", "--keep", "--keep-dir", str(kept)),
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
