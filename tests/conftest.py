@@ -34,14 +34,19 @@ ABOUT_THE_CPU = {
     "test_cuda_emulated.py": "the host executor",
     "test_distributed.py": "gloo",
     "test_export.py": "programs exported for the CPU",
+    "test_features.py": "operators of the CPU engine",
     "test_isa.py": "instruction sets",
+    "test_layer.py": "operators of the CPU engine",
+    "test_layer_by_rows.py": "operators of the CPU engine",
     "test_memory_pool.py": "the CPU's memory",
     "test_operators.py": "schemas and fake kernels; cuda-link-check asks CUDA's for shapes",
     "test_onnx.py": "onnxruntime on the CPU",
     "test_precision.py": "bfloat16 products of the CPU",
+    "test_random_mask.py": "operators of the CPU engine",
     "test_readme.py": "the README",
     "test_references.py": "NumPy",
     "test_threads.py": "the CPU's threads",
+    "test_window.py": "operators of the CPU engine",
 }
 HERE = Path(__file__).parent
 pretended: pretend_device.PretendDevice | None = None
