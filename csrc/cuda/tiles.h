@@ -60,8 +60,8 @@ RNN_EXT_SHARED_INLINE constexpr bool has_cut(DType dtype, int gates, bool backwa
       return !is_narrow(dtype);
     case Cut::kTensorCores:
       return dtype != DType::kFloat64;
-    case Cut::kWide:  // backward, and with one gate, a block has 16 units anyway
-      return is_narrow(dtype) && !backward && gates > 1;
+    case Cut::kWide:  // backward, and with one gate, a block has 16 units anyway; the GRU's spilled
+      return is_narrow(dtype) && !backward && gates == 4;
   }
   return false;
 }

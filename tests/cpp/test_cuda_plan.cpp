@@ -166,7 +166,7 @@ TEST(both_directions_in_one_launch_where_they_fit) {
                .directions_at_once,
            2);
   // 72 blocks each, of 132, cut as wide as can be.
-  CHECK_EQ(make_plan(input("h100", DType::kFloat16, 100, 8, 1152, false, CellKind::kGru, 2))
+  CHECK_EQ(make_plan(input("h100", DType::kFloat16, 100, 8, 1152, false, CellKind::kLstm, 2))
                .directions_at_once,
            1);
 }

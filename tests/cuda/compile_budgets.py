@@ -29,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 # Persistent kernels of each type, forward and backward: 4 cells (relu and tanh are two) in each cut
-# of csrc/cuda/tiles.h. Half precision has wide ones of LSTM and GRU forward.
-TYPES = {"float": (8, 8), "double": (4, 4), "Float16": (6, 4), "BFloat16": (6, 4)}
+# of csrc/cuda/tiles.h. Half precision has a wide one of LSTM forward.
+TYPES = {"float": (8, 8), "double": (4, 4), "Float16": (5, 4), "BFloat16": (5, 4)}
 REGISTERS = 65536  # of a multiprocessor
 MAX_BYTES = 40_000_000
 
