@@ -571,174 +571,19 @@ struct BackwardPass {
       for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
   }
 
-  // With the reset gate before the product, the way back through h_t and n; returns what of
-  // dL/dh_{t-1} passes neither r nor a product.
-  Vec<T> second_stage(int d, int64_t s, int64_t t, int64_t b, int64_t unit, Vec<T> dh) const {
-    const Direction& w = directions[d];
-    const VectorMath<T> math{call.linear_activations};
-    const int64_t H = shape.hidden_size, hidden = padded(H), rest = H - unit;
-    const T* const reserve = reserve_row(d, t, b) + unit;
-    const Vec<T> saved[] = {load(reserve), load(reserve + hidden), load(reserve + 2 * hidden)};
-    UnitBackward<Vec<T>> u = {};
-    Vec<T> dh_past = {}, dx[kGates] = {};
-    u.dh = dh;
-    if (features.zoneout_h.data) {
-      dh_past = dh * load_upto(features.zoneout_h.at(shape, t, b) + d * H + unit, rest);
-      u.dh -= dh_past;
-    }
-    if (const T* h_prev = previous_h(d, t, b)) u.h_prev = load_upto(h_prev + unit, rest);
-    GruResetBefore::backward_candidate(math, saved, u, dx);
-    store_gate(d, s, b, 1, unit, dx[1]);
-    store_gate(d, s, b, 2, unit, dx[2]);
-    P::store(w.dn + b * elements<P>(hidden), unit, first_lanes<T>(dx[2], rest), kLanes<T>);
-    return u.dh_prev + dh_past;
-  }
-
-  // ... and through r * h_{t-1}.
-  void first_stage(int d, int64_t panel, int64_t s, int64_t begin) const {
-    const Direction& w = directions[d];
-    const VectorMath<T> math{call.linear_activations};
-    const int64_t now = clip(active_at(d, s), begin);
-    if (now == 0) return;
-    const int64_t H = shape.hidden_size, hidden = padded(H), t = step_at(shape, reversed(d), s);
-    const int64_t depth = elements<P>(H), stride = elements<P>(hidden);
-    const int64_t first = state_columns.first(panel);
-    const int vectors = state_columns.vectors(panel);
-    const int64_t width = vectors * kLanes<T>;
-    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    multiply_panel<P>(vectors, now, depth, {w.dn + begin * stride, stride},
-                      w.w_second + state_columns.offset(panel, depth), nullptr, 0, tile, width);
-    for (int64_t r = 0; r < now; ++r) {
-      const int64_t b = begin + r;
-      const T* const h_prev = previous_h(d, t, b);
-      const T* const mask = state_row(features.hidden_mask[d], shape, b, H);
-      for (int64_t unit = first; unit < first + width; unit += kLanes<T>) {
-        const int64_t rest = H - unit;
-        Vec<T> drh = load(tile + r * width + unit - first), dx[1] = {};
-        if (mask) drh *= load_upto(mask + unit, rest);
-        const T* const reserve = reserve_row(d, t, b) + unit;
-        const Vec<T> saved[] = {load(reserve)};
-        if (w.reset_h)
-          store(w.reset_h + (chunk_row(d, s) + b) * hidden + unit, load(reserve + 3 * hidden));
-        T* const carry = w.carry + b * hidden + unit;
-        store(carry,
-              load(carry) +
-                  GruResetBefore::backward_gates(
-                      math, saved, h_prev ? load_upto(h_prev + unit, rest) : Vec<T>{}, drh, dx));
-        store_gate(d, s, b, 0, unit, dx[0]);
-      }
-    }
-  }
-
-  void store_gate(int d, int64_t s, int64_t b, int gate, int64_t unit, Vec<T> value) const {
-    const Direction& w = directions[d];
-    const int64_t H = shape.hidden_size, row = chunk_row(d, s) + b, column = gate * H + unit;
-    store_upto(w.dgx[slot(s)] + row * gate_rows + column, value, H - unit);
-    if constexpr (!kValuesAreOperands)
-      P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, value, H - unit);
-  }
+  // In reset_before.h.
+  Vec<T> second_stage(int d, int64_t s, int64_t t, int64_t b, int64_t unit, Vec<T> dh) const;
+  void first_stage(int d, int64_t panel, int64_t s, int64_t begin) const;
+  void store_gate(int d, int64_t s, int64_t b, int gate, int64_t unit, Vec<T> value) const;
 
   const T* reserve_row(int d, int64_t t, int64_t b) const {
     const int64_t row = shape.first_row(t) + b - call.reserve_first_row[d];
     return call.reserve[d] + row * features.kept(shape.cell) * padded(shape.hidden_size);
   }
 
-  // The cell's backward for a row whose dL/dh is complete, then that of the layer normalization.
-  void norm_row(int d, int64_t s, int64_t b) const {
-    const Direction& w = directions[d];
-    const int64_t t = step_at(shape, reversed(d), s), row = chunk_row(d, s) + b;
-    const int64_t H = shape.hidden_size, hidden = padded(H), n = gate_rows;
-    const T* const dh = w.dh + row * hidden;
-    if constexpr (Cell::kHasCellState) norm_output(d, t, b, row, dh);
-    for (int64_t unit = 0; unit < H; unit += kLanes<T>)
-      store(w.carry + b * hidden + unit, unit_backward(d, s, t, b, unit, load(dh + unit)));
-    // y = gain * x, x = (v - mean) / deviation:
-    //   dv = (dx - mean(dx) - x * mean(dx * x)) / deviation with dx = gain * dy
-    const T* const kept = reserve_row(d, t, b) + features.kept_of_cell(shape.cell) * hidden;
-    const T* const dy = w.dnormal + row * n;
-    const auto for_vectors = [&](auto&& visit) {
-      for (int g = 0; g < kGates; ++g)
-        for (int64_t unit = 0; unit < H; unit += kLanes<T>)
-          visit(g * H + unit, load(kept + g * hidden + unit), H - unit);
-    };
-    Vec<T> sum = {}, product = {};
-    for_vectors([&](int64_t column, Vec<T> x, int64_t rest) {
-      const Vec<T> by_gain = load_upto(dy + column, rest) * x;
-      store_upto(w.dnormal_hh + row * n + column, by_gain, rest);
-      const Vec<T> gain = load_upto(features.norm_hh[d] + column, rest);
-      sum += load_upto(dy + column, rest) * gain;
-      product += by_gain * gain;
-    });
-    const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(n));
-    const Vec<T> slope = splat<T>(sum_of_lanes<T>(product) / T(n));
-    const Vec<T> deviation = load(kept + kGates * hidden);
-    for_vectors([&](int64_t column, Vec<T> x, int64_t rest) {
-      const Vec<T> dx =
-          load_upto(dy + column, rest) * load_upto(features.norm_hh[d] + column, rest);
-      const Vec<T> dv = (dx - mean - x * slope) * deviation;
-      store_upto(w.dgh[slot(s)] + row * n + column, dv, rest);
-      if constexpr (!kValuesAreOperands)
-        P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dv, rest);
-    });
-  }
-
-  // dL/dc_t and the gradient of o's gate that come from h~_t = o * tanh(c normalized).
-  void norm_output(int d, int64_t t, int64_t b, int64_t row, const T* dh) const {
-    if constexpr (Cell::kHasCellState) {
-      const Direction& w = directions[d];
-      const VectorMath<T> math{call.linear_activations};
-      const int64_t H = shape.hidden_size, hidden = padded(H);
-      const T* const reserve = reserve_row(d, t, b);
-      T* const dc = w.dc_row + b * 3 * hidden;
-      T *const do_gate = dc + hidden, *const x = do_gate + hidden;
-      const T* const past =
-          features.zoneout_h.data ? features.zoneout_h.at(shape, t, b) + d * H : nullptr;
-      const auto for_units = [&](auto&& visit) {
-        for (int64_t unit = 0; unit < H; unit += kLanes<T>) visit(unit, H - unit);
-      };
-      Vec<T> sum = {}, squares = {};
-      for_units([&](int64_t unit, int64_t rest) {
-        Vec<T> saved[kSaved];
-#pragma GCC unroll 8
-        for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden + unit);
-        const Vec<T> c = first_lanes<T>(Cell::next_c(saved), rest);
-        store(x + unit, c);
-        sum += c;
-      });
-      const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(H));
-      for_units([&](int64_t unit, int64_t rest) {
-        const Vec<T> v = first_lanes<T>(load(x + unit) - mean, rest);
-        store(x + unit, v);
-        squares += v * v;
-      });
-      const Vec<T> deviation =
-          splat<T>(inverse_deviation(sum_of_lanes<T>(squares), H, features.norm_eps));
-      Vec<T> dx_sum = {}, product = {};
-      for_units([&](int64_t unit, int64_t rest) {
-        const Vec<T> normal = load(x + unit) * deviation;
-        const Vec<T> gain = load_upto(features.norm_c[d] + unit, rest);
-        const Vec<T> tanh_c =
-            math.tanh(normal * gain + load_upto(features.norm_c_bias[d] + unit, rest));
-        const Vec<T> o = load(reserve + 3 * hidden + unit);
-        Vec<T> dh_cell = load(dh + unit);
-        if (past) dh_cell -= dh_cell * load_upto(past + unit, rest);
-        const Vec<T> dy = dh_cell * o * math.tanh_grad(tanh_c);
-        store(x + unit, normal);
-        store(do_gate + unit, dh_cell * tanh_c * math.sigmoid_grad(o));
-        store_upto(w.dc_out + row * H + unit, dy, rest);
-        store_upto(w.dc_gain + row * H + unit, dy * normal, rest);
-        const Vec<T> dx = first_lanes<T>(dy * gain, rest);
-        store(dc + unit, dx);
-        dx_sum += dx;
-        product += dx * normal;
-      });
-      const Vec<T> dx_mean = splat<T>(sum_of_lanes<T>(dx_sum) / T(H));
-      const Vec<T> slope = splat<T>(sum_of_lanes<T>(product) / T(H));
-      for_units([&](int64_t unit, int64_t) {
-        store(dc + unit, (load(dc + unit) - dx_mean - load(x + unit) * slope) * deviation);
-      });
-    }
-  }
+  // In layer_norm.h.
+  void norm_row(int d, int64_t s, int64_t b) const;
+  void norm_output(int d, int64_t t, int64_t b, int64_t row, const T* dh) const;
 
   // Left operands in blocks (with the bias sums, which read the same values), right ones in panels.
   void pack_chunk(Member& team, int64_t s, int64_t end) const {

@@ -467,163 +467,18 @@ struct ForwardPass {
     }
   }
 
-  // Layer normalization of a row's products with W_hh, then the cell.
-  void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const {
-    const Direction& w = directions[d];
-    const int64_t H = shape.hidden_size, hidden = padded(H), width = columns.width();
-    T* const gh = w.gh + b * width;
-    T* reserve = reserve_row(d, t, b);
-    if (reserve) reserve += features.kept_of_cell(shape.cell) * hidden;
-    // visit(vector of the row, gate, unit)
-    const auto for_vectors = [&](auto&& visit) {
-      for (int64_t panel = 0; panel < columns.panels(); ++panel)
-        for (int g = 0; g < kGates; ++g)
-          for (int u = 0; u < columns.unit_vectors(panel); ++u)
-            visit(columns.column(panel) + (g * columns.unit_vectors(panel) + u) * kLanes<T>, g,
-                  columns.first_unit(panel) + u * kLanes<T>);
-    };
-    Vec<T> sum = {}, squares = {};
-    for (int64_t i = 0; i < width; i += kLanes<T>) sum += load(gh + i);  // zeros where no unit is
-    const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(kGates * H));
-    for_vectors([&](int64_t i, int, int64_t unit) {
-      const Vec<T> v = first_lanes<T>(load(gh + i) - mean, H - unit);
-      squares += v * v;
-    });
-    const T deviation = inverse_deviation(sum_of_lanes<T>(squares), kGates * H, features.norm_eps);
-    for_vectors([&](int64_t i, int g, int64_t unit) {
-      const Vec<T> v = first_lanes<T>((load(gh + i) - mean) * splat<T>(deviation), H - unit);
-      if (reserve) store(reserve + g * hidden + unit, v);
-      store(gh + i, v * load(w.gain + i) + load(w.norm_bias + i));
-    });
-    if (reserve)
-      for (int64_t unit = 0; unit < hidden; unit += kLanes<T>)
-        store(reserve + kGates * hidden + unit, splat<T>(deviation));
-    for (int64_t panel = 0; panel < columns.panels(); ++panel)
-      cell_row(d, panel, s, t, b, gx_row, gh + columns.column(panel));
-    if constexpr (Cell::kHasCellState) norm_output(d, s, t, b);
-  }
+  // In layer_norm.h.
+  void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const;
+  void norm_output(int d, int64_t s, int64_t t, int64_t b) const;
 
-  // h_t = o * tanh(normalized c_t)
-  void norm_output(int d, int64_t s, int64_t t, int64_t b) const {
-    const Direction& w = directions[d];
-    const VectorMath<T> math{call.linear_activations};
-    const int64_t H = shape.hidden_size, hidden = padded(H);
-    const T* const o = w.unnormalized + b * 2 * hidden;
-    const T* const c = o + hidden;
-    Vec<T> sum = {}, squares = {};
-    for (int64_t unit = 0; unit < H; unit += kLanes<T>) sum += load(c + unit);
-    const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(H));
-    for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
-      const Vec<T> v = first_lanes<T>(load(c + unit) - mean, H - unit);
-      squares += v * v;
-    }
-    const Vec<T> deviation =
-        splat<T>(inverse_deviation(sum_of_lanes<T>(squares), H, features.norm_eps));
-    const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
-    const Beyond beyond = beyond_plain(d, t, b);
-    T* y = call.y.at(shape, t, b) + d * H;
-    for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
-      const Vec<T> v = (load(c + unit) - mean) * deviation;
-      const Vec<T> h = load(o + unit) * math.tanh(v * row_vector(features.norm_c[d], unit, H) +
-                                                  row_vector(features.norm_c_bias[d], unit, H));
-      emit_h(d, s, b, unit, beyond.next_h(h, load(h_prev + unit), unit, H), beyond, y);
-    }
-  }
-
-  void place_stages(int d, bool packed, Arena& arena) {
-    Direction& w = directions[d];
-    const DirectionWeights<T>& from = call.weights[d];
-    const int64_t H = shape.hidden_size, depth = elements<P>(H);
-    const GateColumns<T, 2> gates{H};
-    const GateColumns<T, 1> candidates{H};
-    w.first = {gates, H, from.w_hh, from.ld_hh, arena.take<T>(gates.width())};
-    w.second = {candidates, H, from.w_hh + 2 * H * from.ld_hh, from.ld_hh,
-                arena.take<T>(candidates.width())};
-    w.w_first = packed ? arena.take<Element>(gates.width() * depth) : nullptr;
-    w.w_second = packed ? arena.take<Element>(candidates.width() * depth) : nullptr;
-    w.gates = arena.take<T>(shape.batch * 2 * padded(H));
-    w.reset_h = arena.take<Element>(shape.batch * state_stride());
-  }
-
-  // The i-th panels of both stages, as far as they go.
-  void prepare_stages(int d, int64_t i) const {
-    const Direction& w = directions[d];
-    const T* const bias = call.weights[d].b_hh;
-    if (i < w.first.columns.panels()) {
-      w.first.load_row(i, bias, w.first.bias);
-      if (w.w_first) w.first.pack(i, w.w_first + w.first.panel_offset(i));
-    }
-    if (i < w.second.columns.panels()) {
-      w.second.load_row(i, bias ? bias + 2 * shape.hidden_size : nullptr, w.second.bias);
-      if (w.w_second) w.second.pack(i, w.w_second + w.second.panel_offset(i));
-    }
-    if (i == 0)  // what lies beyond H stays zero
-      for (int64_t b = 0; b < shape.batch; ++b)
-        store_row<P>(w.reset_h + b * state_stride(), nullptr, shape.hidden_size);
-  }
-
-  // Where a vector of units finds its gate in a row of gx.
-  int64_t gx_column(int gate, int64_t unit) const {
-    return unit * kGates + gate * kLanes<T>;  // panels of several gates hold one vector of each
-  }
-
-  // r, z and r * h_{t-1}.
+  // In reset_before.h.
+  void place_stages(int d, bool packed, Arena& arena);
+  void prepare_stages(int d, int64_t i) const;
+  int64_t gx_column(int gate, int64_t unit) const;
   void first_stage(int d, int64_t panel, int64_t s, int64_t begin, int64_t rows,
-                   int64_t gx_row) const {
-    const Direction& w = directions[d];
-    const VectorMath<T> math{call.linear_activations};
-    const int64_t H = shape.hidden_size, hidden = padded(H),
-                  unit = w.first.columns.first_unit(panel);
-    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    constexpr int64_t kWidth = 2 * kLanes<T>;
-    w.first.multiply(panel, w.w_first ? w.w_first + w.first.panel_offset(panel) : nullptr, rows,
-                     w.h_operand[s & 1] + begin * state_stride(), state_stride(), tile, kWidth);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = begin + r;
-      const T* gx = w.gx + (gx_row + b) * columns.width();
-      const Vec<T> x[2] = {load(gx + gx_column(0, unit)), load(gx + gx_column(1, unit))};
-      const Vec<T> h[2] = {load(tile + r * kWidth), load(tile + r * kWidth + kLanes<T>)};
-      Vec<T> saved[2];
-      const Vec<T> read = GruResetBefore::gates(
-          math, x, h, load(w.h[s & 1] + b * padded(shape.state_size()) + unit), saved);
-      T* const gates = w.gates + b * 2 * hidden + unit;
-      store(gates, saved[0]);
-      store(gates + hidden, saved[1]);
-      store_operand(d, w.reset_h, b, unit, first_lanes<T>(read, H - unit));
-    }
-  }
-
-  // n and h_t.
+                   int64_t gx_row) const;
   void second_stage(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
-                    int64_t gx_row) const {
-    const Direction& w = directions[d];
-    const VectorMath<T> math{call.linear_activations};
-    const int64_t H = shape.hidden_size, hidden = padded(H);
-    const int64_t width = w.second.columns.vectors(panel) * kLanes<T>;
-    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    w.second.multiply(panel, w.w_second ? w.w_second + w.second.panel_offset(panel) : nullptr, rows,
-                      w.reset_h + begin * state_stride(), state_stride(), tile, width);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = begin + r;
-      const T* gx = w.gx + (gx_row + b) * columns.width();
-      const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
-      T* const y = call.y.at(shape, t, b) + d * H;
-      T* const reserve = reserve_row(d, t, b);
-      const Beyond beyond = beyond_plain(d, t, b);
-      for (int64_t i = 0; i < width; i += kLanes<T>) {
-        const int64_t unit = w.second.columns.first_unit(panel) + i;
-        const T* gates = w.gates + b * 2 * hidden + unit;
-        const Vec<T> previous = load(h_prev + unit);
-        Vec<T> saved[4] = {load(gates), load(gates + hidden)};
-        const Vec<T> h = GruResetBefore::candidate(math, load(gx + gx_column(2, unit)),
-                                                   load(tile + r * width + i), previous, saved);
-        saved[3] = saved[0] * previous;
-        if (reserve)
-          for (int k = 0; k < 4; ++k) store(reserve + k * hidden + unit, saved[k]);
-        emit_h(d, s, b, unit, beyond.next_h(h, previous, unit, H), beyond, y);
-      }
-    }
-  }
+                    int64_t gx_row) const;
 
   // What a row's step does beyond the cell itself.
   struct Beyond {

@@ -4,6 +4,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "layer_norm.h"
+#include "reset_before.h"
 #include "window_pass.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
