@@ -6,7 +6,7 @@ loss flows back through 1 to k steps, depending on where it stands.
 
 In all three the state is carried through the whole sentence; only the gradients differ. The chains
 of the window style are independent of each other: rnn_ext takes all of them one step back in one
-product, k times.
+product, k times. Both styles are an option of the module.
 
     python examples/truncated_bptt.py            under a minute
     python examples/truncated_bptt.py --quick    some ten seconds
@@ -29,8 +29,6 @@ from tqdm import tqdm
 
 import common
 from char_rnn import TEXT, CharRNN
-from rnn_ext.functional import RNN_TANH
-from rnn_ext.truncated import window_bptt
 
 Loss = Callable[[CharRNN, Tensor, Tensor], Tensor]
 
@@ -41,25 +39,17 @@ def full_loss(model: CharRNN, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(scores, targets)
 
 
-def window_loss(model: CharRNN, inputs: Tensor, targets: Tensor, k: int) -> Tensor:
-    """The same value; the gradient of each step's loss flows back through k steps."""
-    output, _, _ = window_bptt(
-        inputs[:, None], h_0=None, c_0=None, params=list(model.rnn.parameters()), cell=RNN_TANH,
-        bias=True, num_layers=1, bidirectional=False, batch_first=False, dropout=0.0,
-        training=model.training, steps=k,
-    )  # fmt: skip
-    return F.cross_entropy(model.head(output[:, 0]), targets)
+def truncated_loss(model: CharRNN, inputs: Tensor, targets: Tensor, k: int, style: str) -> Tensor:
+    """The same value; its gradient is truncated to k steps in this style."""
+    model.rnn.bptt_steps, model.rnn.bptt_style = k, style
+    try:
+        return full_loss(model, inputs, targets)
+    finally:
+        model.rnn.bptt_steps = None
 
 
-def chunk_loss(model: CharRNN, inputs: Tensor, targets: Tensor, k: int) -> Tensor:
-    """The same value; gradients stop at every k-th step."""
-    h = None
-    scores = []
-    for chunk in inputs.split(k):
-        chunk_scores, h = model(chunk, h)
-        h = h.detach()
-        scores.append(chunk_scores)
-    return F.cross_entropy(torch.cat(scores), targets)
+window_loss = partial(truncated_loss, style="window")
+chunk_loss = partial(truncated_loss, style="chunk")
 
 
 def gradients(model: CharRNN, loss: Tensor) -> Tensor:
