@@ -162,25 +162,59 @@ def layer(
             params=[_cast(p, dtype) for p in call.params],
             **dict(zip(_Call._fields[4:_TENSORS], cast[1:], strict=True)),
         )
-    if input.device.type not in ("cpu", "meta"):
+    device = input.device.type
+    if torch._C._are_functorch_transforms_active():  # torch.library's formulas refuse them
+        return _step_by_step(call)
+    if device not in ("cpu", "meta"):
+        warnings.warn(
+            f"rnn_ext: there is no kernel on {device} for lengths, resets and the other options "
+            "beyond torch.nn's; they are computed step by step in torch operations",
+            stacklevel=3,
+        )
         return _step_by_step(call)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in call.differentiable()
     )
+    if needs_grad and not torch.compiler.is_compiling():
+        return _Layer.apply(call[_TENSORS:], len(call.params), return_cells, *_flat(call))
     return torch.ops.rnn_ext.recurrent_layer(*call, return_cells, needs_grad)[:4]
 
 
+def _flat(call: _Call) -> list[Tensor | None]:
+    return [call.input, *call.params, *call[2:_TENSORS]]
+
+
+class _Layer(torch.autograd.Function):
+    """The operator's autograd formula without what torch.library.register_autograd costs a call,
+    which is more than a small layer takes."""
+
+    @staticmethod
+    def forward(ctx, options, num_params, return_cells, input, *rest):
+        params, others = rest[:num_params], rest[num_params:]
+        *results, reserve = torch.ops.rnn_ext.recurrent_layer(
+            input, params, *others, *options, return_cells, True
+        )
+        ctx.options, ctx.num_params = options, num_params
+        # The caller may change the output in place, as torch.nn allows on the CPU.
+        ctx.save_for_backward(input, *rest, torch._lazy_clone(results[0]), reserve)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs = ctx.needs_input_grad[3:]
+        params, others = needs[1 : 1 + ctx.num_params], needs[1 + ctx.num_params :]
+        by_name = dict(zip(_Call._fields[2:_TENSORS], others, strict=True), input=needs[0])
+        mask = [by_name[name] for name in _DIFFERENTIABLE] + list(params)
+        found = dict(zip(_Call._fields, _gradients(ctx, grads, mask), strict=True))
+        others = [found[name] for name in _Call._fields[2:_TENSORS]]
+        return None, None, None, found["input"], *found["params"], *others
+
+
 def _step_by_step(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`layer` on a device that has no kernel for it."""
-    device = call.input.device
-    warnings.warn(
-        f"rnn_ext: there is no kernel on {device.type} for lengths, resets and the other options "
-        "beyond torch.nn's; they are computed step by step in torch operations",
-        stacklevel=3,
-    )
-    lengths = None if call.lengths is None else call.lengths.to(device)
-    found = composite(call._replace(lengths=lengths))
+    lengths = None if call.lengths is None else call.lengths.to(call.input.device)
     empty = call.input.new_empty(0)
+    found = composite(call._replace(lengths=lengths))
     output, h_n, c_n, cells = (empty if t is None else t for t in found)
     return output, h_n, c_n, cells
 
@@ -268,22 +302,28 @@ def _saved_call(ctx) -> tuple[_Call, Tensor, Tensor]:
     return _Call(input, list(params), *rest[:-2], *ctx.options), rest[-2], rest[-1]
 
 
-def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, _grad_reserve):
+def _gradients(ctx, grads, mask: list[bool]) -> list:
+    """For each of the operator's arguments; `mask`: of which are they wanted?"""
     call, output, reserve = _saved_call(ctx)
+    *grads, grad_cells = grads
     if grad_cells is not None and grad_cells.dim() == 1:  # of cells that were not asked for
         grad_cells = None
-    grads = [grad_output, grad_h_n, grad_c_n, grad_cells]
-    needs = dict(zip(_Call._fields, ctx.needs_input_grad[: len(_Call._fields)], strict=True))
-    mask = [needs[name] for name in _DIFFERENTIABLE] + list(needs["params"])
     found = torch.ops.rnn_ext.recurrent_layer_backward(
-        *grads, *call[:_TENSORS], output, reserve, *call[_TENSORS:], mask
+        *grads, grad_cells, *call[:_TENSORS], output, reserve, *call[_TENSORS:], mask
     )
     given = call.differentiable()
-    found = [
-        g if asked and t is not None else None
-        for g, asked, t in zip(found, mask, given, strict=True)
-    ]
-    return *_by_argument(found), None, None
+    return _by_argument(
+        [
+            g if asked and t is not None else None
+            for g, asked, t in zip(found, mask, given, strict=True)
+        ]
+    )
+
+
+def _backward(ctx, *grads):
+    needs = dict(zip(_Call._fields, ctx.needs_input_grad[: len(_Call._fields)], strict=True))
+    mask = [needs[name] for name in _DIFFERENTIABLE] + list(needs["params"])
+    return *_gradients(ctx, grads[:4], mask), None, None
 
 
 torch.library.register_autograd("rnn_ext::recurrent_layer", _backward, setup_context=_setup_context)

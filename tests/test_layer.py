@@ -206,8 +206,60 @@ def test_devices_without_a_kernel_compute_step_by_step(cell):
     """What `layer` does with a tensor on such a device, here with one on the CPU."""
     for seed in range(5):
         input, params, call = draw_call(seed, cell)
-        with pytest.warns(UserWarning, match="no kernel on cpu"):
-            found = _step_by_step(as_call(input, params, call))
+        found = _step_by_step(as_call(input, params, call))
         expected = layer(input, params, **call)
         for a, b in zip(found[:3], expected[:3], strict=True):
             torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_output_may_be_changed_in_place(cell):
+    input, params, call = draw_call(3, cell, states=True)
+    leaves = leaves_of(input, params, call)
+    grads = []
+    for in_place in (False, True):
+        output = layer(input, params, **call)[0]
+        changed = output.mul_(3) if in_place else output * 3
+        grads.append(torch.autograd.grad(changed.square().sum(), leaves, allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_operator_and_the_eager_call_have_the_same_gradients(cell):
+    for seed in range(10):
+        input, params, call = draw_call(seed, cell)
+        leaves = leaves_of(input, params, call)
+        arguments = as_call(input, params, call)
+        cells = bool(call.get("return_cells"))
+        grads = []
+        for results in (
+            layer(input, params, **call),
+            torch.ops.rnn_ext.recurrent_layer(*arguments, cells, True)[:4],
+        ):
+            loss = sum(t.square().sum() for t in results)
+            grads.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+        for a, b in zip(*grads, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_transforms_of_torch_func(cell):
+    """They see the layer in torch operations: gradients, and those of every example."""
+    input, params, call = draw_call(4, cell, states=False, resets=False, lengths=False, norm=False)
+    for name in ("zoneout_h", "zoneout_c", "hidden_mask"):
+        call.pop(name, None)
+
+    def loss(input, params):
+        return layer(input, params, **call)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(input, params), params)
+    found = torch.func.grad(loss, argnums=1)(input.detach(), [p.detach() for p in params])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    twice = torch.stack([input.detach()] * 2)
+    own = torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(0, None))
+    for a, b in zip(own(twice, [p.detach() for p in params]), expected, strict=True):
+        torch.testing.assert_close(a[1], b, **TOLERANCE)
