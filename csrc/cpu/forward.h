@@ -120,6 +120,9 @@ struct ForwardPass {
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
   bool gather;
+  // With rows enough, a tile projects its own input: nothing is written for another step, or
+  // another member, to read.
+  bool project_in_step;
   // With a single chunk every panel of W_ih is used once: packed when it is, one per member.
   bool one_chunk;
   Element* member_panels = nullptr;
@@ -140,8 +143,12 @@ struct ForwardPass {
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
     const bool multiply = !features.projected_input;
-    gather = multiply && (!evenly_spaced(shape, call.x, &x_stride) || !plan.packed_weights ||
-                          !kValuesAreOperands);
+    project_in_step = plan.project_in_step && multiply && !norm && !two_stages && !shape.order;
+    gather =
+        multiply &&
+        (!kValuesAreOperands ||
+         (!project_in_step && (!plan.packed_weights || !evenly_spaced(shape, call.x, &x_stride))));
+    if (project_in_step) x_stride = call.x.row_stride;
     if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
     const int64_t depth_x = elements<P>(shape.input_size);
@@ -152,15 +159,16 @@ struct ForwardPass {
       const DirectionWeights<T>& from = call.weights[d];
       w.input = {columns, shape.input_size, from.w_ih, from.ld_ih, arena.take<T>(width)};
       w.recurrent = {columns, shape.state_size(), from.w_hh, from.ld_hh, arena.take<T>(width)};
-      w.w_ih = plan.packed_weights && !one_chunk && multiply ? arena.take<Element>(width * depth_x)
-                                                             : nullptr;
+      w.w_ih = plan.packed_weights && (!one_chunk || project_in_step) && multiply
+                   ? arena.take<Element>(width * depth_x)
+                   : nullptr;
       const bool packed = plan.packed_weights && plan.packed_recurrent;
       w.w_hh = packed && !two_stages ? arena.take<Element>(width * depth_h) : nullptr;
       if constexpr (kGates == 3) {
         if (two_stages) place_stages(d, packed, arena);
       }
       w.x = gather ? arena.take<Element>(rows * x_stride) : nullptr;
-      w.gx = arena.take<T>(rows * width);
+      w.gx = project_in_step ? nullptr : arena.take<T>(rows * width);
       for (int i = 0; i < 2; ++i) {
         w.h[i] = arena.take<T>(shape.batch * padded(shape.state_size()));
         if constexpr (kValuesAreOperands) w.h_operand[i] = w.h[i];
@@ -178,7 +186,7 @@ struct ForwardPass {
           project ? arena.take<Element>(projection_columns.size(hidden_depth())) : nullptr;
       w.unprojected = project ? arena.take<Element>(shape.batch * hidden_stride()) : nullptr;
     }
-    if (plan.packed_weights && one_chunk && multiply)
+    if (plan.packed_weights && one_chunk && multiply && !project_in_step)
       member_panels = arena.take<Element>(plan.threads * member_panel_size());
     workspace_bytes = arena.bytes();
   }
@@ -287,6 +295,16 @@ struct ForwardPass {
       });
     }
     if (features.projected_input) return;
+    if (project_in_step) {
+      if (!one_chunk && !features.again)
+        team.for_each(shape.directions * blocks, [&](int64_t job) {
+          const int d = int(job / blocks);
+          const StepRange range = range_at(shape, d == 1, s, end);
+          const int64_t begin = job % blocks * kMaxRowBlock;
+          touch_output(d, range, begin, block_end(begin, range));
+        });
+      return;
+    }
     const int64_t panels = columns.panels();
     if (!member_panels) {
       team.for_each(shape.directions * panels * blocks, [&](int64_t job) {
@@ -325,12 +343,17 @@ struct ForwardPass {
     if (begin >= last) return;
     const Direction& w = directions[d];
     if (panel == 0 && !one_chunk && !features.again) touch_output(d, range, begin, last);
-    const Element* x = w.x;
-    if constexpr (kValuesAreOperands) {
-      if (!gather) x = call.x.at(shape, range.first, 0);
-    }
+    const Element* x = input_operands(d, range.first, 0, 0);
     w.input.multiply(panel, packed, last - begin, x + begin * x_stride, x_stride,
                      w.gx + begin * columns.width() + columns.column(panel), columns.width());
+  }
+
+  // The input of step t and batch row b, which is a row of the chunk.
+  const Element* input_operands(int d, int64_t t, int64_t b, int64_t row) const {
+    if constexpr (kValuesAreOperands) {
+      if (!gather) return call.x.at(shape, t, b);
+    }
+    return directions[d].x + row * x_stride;
   }
 
   // A long sequence's output is fresh from the system, and at the steps two members would write to
@@ -411,8 +434,17 @@ struct ForwardPass {
                          w.h_operand[s & 1] + begin * state_stride(), state_stride(), tile,
                          norm ? columns.width() : tile_width);
     if (norm) return;
+    alignas(64) T projected[kMaxRowBlock * kPanelVectors * kLanes<T>];
+    const T* gx = projected;
+    const int64_t gx_stride = project_in_step ? tile_width : columns.width();
+    if (project_in_step)
+      w.input.multiply(panel, w.w_ih + w.input.panel_offset(panel), rows,
+                       input_operands(d, t, begin, gx_row + begin), x_stride, projected,
+                       tile_width);
+    else
+      gx = w.gx + (gx_row + begin) * columns.width() + columns.column(panel);
     for (int64_t r = 0; r < rows; ++r)
-      cell_row(d, panel, s, t, begin + r, gx_row + begin + r, tile + r * tile_width);
+      cell_row(d, panel, s, t, begin + r, gx + r * gx_stride, tile + r * tile_width);
   }
 
   T* reserve_row(int d, int64_t t, int64_t b) const {
@@ -421,14 +453,13 @@ struct ForwardPass {
     return call.reserve[d] + row * features.kept(shape.cell) * padded(shape.hidden_size);
   }
 
-  // The cell for one row of a panel. `gh`: what its gates get from h_{t-1}.
-  RNN_EXT_INLINE void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b,
-                               int64_t gx_row, const T* gh) const {
+  // The cell for one row of a panel. What its gates get from x_t, and from h_{t-1}: gx, gh.
+  RNN_EXT_INLINE void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b, const T* gx,
+                               const T* gh) const {
     const Direction& w = directions[d];
     const VectorMath<T> math{call.linear_activations};
     const int64_t hidden = padded(shape.hidden_size);
     const int unit_vectors = columns.unit_vectors(panel);
-    const T* gx = w.gx + gx_row * columns.width() + columns.column(panel);
     const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
     T* y = call.y.at(shape, t, b) + d * shape.state_size();
     T* reserve = reserve_row(d, t, b);

@@ -40,7 +40,8 @@ void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, int64_t b, int6
     for (int64_t unit = 0; unit < hidden; unit += kLanes<T>)
       store(reserve + kGates * hidden + unit, splat<T>(deviation));
   for (int64_t panel = 0; panel < columns.panels(); ++panel)
-    cell_row(d, panel, s, t, b, gx_row, gh + columns.column(panel));
+    cell_row(d, panel, s, t, b, w.gx + gx_row * columns.width() + columns.column(panel),
+             gh + columns.column(panel));
   if constexpr (Cell::kHasCellState) norm_output(d, s, t, b);
 }
 

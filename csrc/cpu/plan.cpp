@@ -22,7 +22,7 @@ constexpr int64_t kBackwardChunkRows = 256;
 // and larger ones then.
 constexpr int64_t kLargeGradients = 24 << 20;
 // At least: with 8, every member reading all of W_hh cost more than the waits it saved.
-constexpr int64_t kRowsOfAShare = 16;
+constexpr int64_t kRowsOfAShare = 8;
 constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -84,6 +84,10 @@ Plan make_plan(const PlanInput& input) {
   const int operand_bytes = narrow ? 2 : input.element_bytes;
   const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / operand_bytes;
   const double bytes = weights * operand_bytes * s.directions;
+  // By the shape alone, like all that cuts products into tiles. Of packed rows a step may have few.
+  plan.project_in_step = !input.backward && plan.packed_weights && !s.batch_sizes &&
+                         batch >= 2 * kRowsOfAShare &&
+                         (weights + inputs) * operand_bytes < kOwnCacheBytes * 3 / 4;
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.

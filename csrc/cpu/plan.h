@@ -17,6 +17,8 @@ struct Plan {
   // has so few rows that reading the weights is all that counts.
   bool packed_weights = true;
   bool packed_recurrent = true;
+  // Is a tile's input projected at its step, rather than the whole chunk's first?
+  bool project_in_step = false;
   int64_t chunk_steps = 1;  // steps whose input projection (weight gradient) is done at once
   int64_t row_block = 1;    // batch rows of one job
   // Into how many parts the batch of each direction is shared out, whose members go through all

@@ -176,15 +176,17 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
       }
     }
 #endif
-    for (; row + kRows <= rows; row += kRows)
-      multiply_tile<P, kRows, kVectors>(length, left + row * a.row_stride, a.row_stride, a.k_stride,
-                                        block, init ? init + row * init_stride : nullptr,
-                                        init_stride, out + row * out_stride, out_stride,
-                                        accumulate);
-    multiply_rest<P, kVectors, kRows - 1>(rows - row, length, left + row * a.row_stride,
-                                          a.row_stride, a.k_stride, block,
-                                          init ? init + row * init_stride : nullptr, init_stride,
-                                          out + row * out_stride, out_stride, accumulate);
+    while (row < rows) {
+      // The last rows in two equal tiles: a full one and a small one would leave the small one to
+      // wait for the panel.
+      const int64_t rest = rows - row;
+      const int64_t count = rest >= 2 * kRows ? kRows : rest > kRows ? (rest + 1) / 2 : rest;
+      multiply_rest<P, kVectors, kRows>(count, length, left + row * a.row_stride, a.row_stride,
+                                        a.k_stride, block,
+                                        init ? init + row * init_stride : nullptr, init_stride,
+                                        out + row * out_stride, out_stride, accumulate);
+      row += count;
+    }
     k += length;
     init = nullptr;
   } while (k < depth);
@@ -213,29 +215,33 @@ void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<Element<P>> a
 inline constexpr int kDotRows = kVectorRegisters >= 32 ? 4 : 2;
 template <class T>
 constexpr int dot_columns(int rows) {
-  const int columns = rows == 1 ? 8 : 4;
+  const int columns = rows == 1 || (rows == 2 && kVectorRegisters >= 32) ? 8 : 4;
   return columns < kLanes<T> ? columns : kLanes<T>;
 }
+// Short weight rows: a whole vector of them at once, for they follow each other in memory. Of
+// longer ones that would be more streams than the processor fetches ahead of.
+inline constexpr int64_t kShortDots = 256;
 
-template <class T, int kRows>
+// kWhole: do all columns of the vector exist?
+template <class T, int kRows, int kColumns, bool kWhole>
 inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t row_stride,
                           const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
   using V = Vec<T>;
-  constexpr int kColumns = dot_columns<T>(kRows);
   const int64_t whole = depth / kLanes<T> * kLanes<T>;
   V sum[kRows][kLanes<T>];
+#pragma GCC unroll 4
   for (int64_t j = 0; j < kLanes<T>; j += kColumns) {
     // Beyond the edge the last row is repeated: same code, results ignored.
     const T* w[kColumns];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kColumns; ++i)
-      w[i] = weights + (j + i < columns ? j + i : columns - 1) * ld;
+      w[i] = weights + (kWhole || j + i < columns ? j + i : columns - 1) * ld;
     V group[kRows][kColumns] = {};
     const auto add = [&](int64_t k, auto&& load_weights) {
       V x[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) x[r] = load(a + r * row_stride + k);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kColumns; ++i) {
         const V y = load_weights(w[i] + k);
 #pragma GCC unroll 4
@@ -246,19 +252,26 @@ inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t ro
     if (whole < depth) add(whole, [&](const T* p) { return load_first(p, depth - whole); });
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kColumns; ++i) sum[r][j + i] = group[r][i];
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     V total = sum_each<T>(sum[r]);
-    if (columns < kLanes<T>) {  // lanes without a row repeat the last one
-      T lanes[kLanes<T>] = {};
-      store_first(lanes, total, columns);
-      total = load(lanes);
-    }
+    if (!kWhole) total = first_lanes<T>(total, columns);  // the others repeat the last row
     store(out + r * out_stride, load(init) + total);
   }
+}
+
+template <class T, int kRows>
+inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t row_stride,
+                          const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
+  constexpr int kColumns = dot_columns<T>(kRows);
+  constexpr int kAll = kRows == 1 && kVectorRegisters >= 32 ? kLanes<T> : kColumns;
+  const auto multiply = columns < kLanes<T>   ? multiply_dots<T, kRows, kColumns, false>
+                        : depth <= kShortDots ? multiply_dots<T, kRows, kAll, true>
+                                              : multiply_dots<T, kRows, kColumns, true>;
+  multiply(columns, depth, a, row_stride, weights, ld, init, out, out_stride);
 }
 
 // The same product for one vector of columns, straight from a row-major weight matrix (column j
@@ -268,13 +281,16 @@ inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t ro
 template <class T>
 void multiply_unpacked(int64_t columns, int64_t rows, int64_t depth, const T* a, int64_t row_stride,
                        const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
-  int64_t r = 0;
-  for (; r + kDotRows <= rows; r += kDotRows)
-    multiply_dots<T, kDotRows>(columns, depth, a + r * row_stride, row_stride, weights, ld, init,
-                               out + r * out_stride, out_stride);
-  for (; r < rows; ++r)
-    multiply_dots<T, 1>(columns, depth, a + r * row_stride, row_stride, weights, ld, init,
-                        out + r * out_stride, out_stride);
+  for (int64_t r = 0; r < rows;) {
+    const int64_t count = rows - r < kDotRows ? rows - r : kDotRows;
+    const auto multiply = count == 1   ? multiply_dots<T, 1>
+                          : count == 2 ? multiply_dots<T, 2>
+                                       : count == 3 ? multiply_dots < T,
+               kDotRows < 3 ? kDotRows : 3 > : multiply_dots<T, kDotRows>;
+    multiply(columns, depth, a + r * row_stride, row_stride, weights, ld, init,
+             out + r * out_stride, out_stride);
+    r += count;
+  }
 }
 
 // Packs rows `first .. first + columns` of a row-major matrix (ld, depth columns) as one vector

@@ -64,7 +64,48 @@ template <class T>
 RNN_EXT_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::loose*>(p) = v;
 }
-// The first n lanes (0 < n < kLanes); the others read as zero and are not written.
+// The first n lanes (0 < n < kLanes); the others read as zero and are not written. Where there are
+// masks: a copy of a length that is not known is a call of memcpy, at the end of every row.
+#if defined(__AVX512F__)
+template <class T>
+RNN_EXT_INLINE Vec<T> load_first(const T* p, int64_t n) {
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  else
+    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+}
+template <class T>
+RNN_EXT_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+}
+#elif defined(__AVX2__)
+template <class T>
+RNN_EXT_INLINE __m256i mask_of_first(int64_t n) {
+  if constexpr (sizeof(T) == 4)
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  else
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <class T>
+RNN_EXT_INLINE Vec<T> load_first(const T* p, int64_t n) {
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_maskload_ps(reinterpret_cast<const float*>(p), mask_of_first<T>(n));
+  else
+    return (Vec<T>)_mm256_maskload_pd(reinterpret_cast<const double*>(p), mask_of_first<T>(n));
+}
+template <class T>
+RNN_EXT_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
+  if constexpr (sizeof(T) == 4)
+    _mm256_maskstore_ps(reinterpret_cast<float*>(p), mask_of_first<T>(n), (__m256)v);
+  else
+    _mm256_maskstore_pd(reinterpret_cast<double*>(p), mask_of_first<T>(n), (__m256d)v);
+}
+#else
 template <class T>
 inline Vec<T> load_first(const T* p, int64_t n) {
   Vec<T> v = {};
@@ -75,6 +116,7 @@ template <class T>
 inline void store_first(T* p, Vec<T> v, int64_t n) {
   std::memcpy(p, &v, size_t(n) * sizeof(T));
 }
+#endif
 // Lanes of a row whose remaining length is n (may exceed kLanes).
 template <class T>
 RNN_EXT_INLINE Vec<T> load_upto(const T* p, int64_t n) {
@@ -91,9 +133,18 @@ RNN_EXT_INLINE void store_upto(T* p, Vec<T> v, int64_t n) {
 template <class T>
 RNN_EXT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
   if (n >= kLanes<T>) return v;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), (__m512)v);
+  else
+    return (Vec<T>)_mm512_maskz_mov_pd(__mmask8((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+  return (Vec<T>)((__m256i)v & mask_of_first<T>(n));
+#else
   T lanes[kLanes<T>] = {};
   store_first(lanes, v, n);
   return load(lanes);
+#endif
 }
 template <class T>
 RNN_EXT_INLINE T sum_of_lanes(Vec<T> v) {

@@ -98,6 +98,7 @@ struct Setting {
   Rounding rounding = Rounding::kNone;
   bool bf16_products = false;
   int64_t shares = 0;
+  int project_in_step = -1;  // -1: as planned
   bool directions_in_turn = false;
 };
 
@@ -188,6 +189,8 @@ void run_call(const Call& call, bool backward, const Setting& setting) {
   plan.directions_in_turn = setting.directions_in_turn;
   if (setting.row_block) plan.row_block = setting.row_block;
   if (setting.packed_weights >= 0) plan.packed_weights = setting.packed_weights != 0;
+  if (setting.project_in_step >= 0) plan.project_in_step = setting.project_in_step != 0;
+  if (!plan.packed_weights) plan.project_in_step = false;
   if (setting.packed_recurrent >= 0) plan.packed_recurrent = setting.packed_recurrent != 0;
   const size_t bytes = workspace_bytes(call, plan);
   void* memory = nullptr;

@@ -82,6 +82,7 @@ TEST(same_rounding) {
       CHECK_EQ(plan.packed_recurrent, one.packed_recurrent);
       CHECK_EQ(plan.chunk_steps, one.chunk_steps);
       CHECK_EQ(plan.row_block, one.row_block);
+      CHECK_EQ(plan.project_in_step, one.project_in_step);
     };
     for (int max_threads : {2, 3, 64}) {
       in.max_threads = max_threads;
@@ -147,20 +148,25 @@ TEST(directions_in_turn) {
 // A part of the batch each, where each has rows enough.
 TEST(a_part_of_the_batch_each) {
   for (bool backward : {false, true}) {
-    for (int64_t batch : {32, 64, 100, 128}) {
+    for (int64_t batch : {16, 32, 64, 100, 128}) {
       check::Scope scope("batch ", batch, backward ? ", backward" : ", forward");
-      PlanInput in = input(50, batch, 256, 256, 2);
+      PlanInput in = input(50, batch, 128, 128, 2);
       in.backward = backward;
       const Plan plan = make_plan(in);
+      CHECK_EQ(plan.project_in_step, !backward);
       CHECK_EQ(plan.threads, 2);
       CHECK_EQ(plan.shares, 2);
       CHECK((batch + plan.row_block - 1) / plan.row_block % 2 == 0);  // and as many each
       in.shape.directions = 2;
       CHECK_EQ(make_plan(in).shares, 1);
     }
-    PlanInput in = input(50, 16, 256, 256, 2);
+    PlanInput in = input(50, 8, 128, 128, 2);
     in.backward = backward;
     CHECK_EQ(make_plan(in).shares, 0);
+    in = input(50, 32, 256, 256, 2);  // weights that do not stay in a core's own cache
+    in.backward = backward;
+    CHECK_EQ(make_plan(in).shares, 2);
+    CHECK(!make_plan(in).project_in_step);
     // Rows of very different lengths: the first half of them would have most of the steps.
     const std::vector<int64_t> sizes = {32, 32, 16, 16, 16, 16, 16, 16};
     in = input(int64_t(sizes.size()), 32, 256, 256, 2);
