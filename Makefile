@@ -21,10 +21,10 @@ BUILT := build/.built
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test bench bench-features bench-peers build wheel sdist lint format test-cpp test-third-party \
-	test-device test-module-info sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
+	test-device test-module-info test-pytorch-suite sanitize test-aarch64 cuda-check cuda-compile cuda-link-check cuda-mutants clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(BUILT) ## Train a character LSTM beside torch.nn's (DEMO_ARGS=--quick for a short run)
 	$(BIN)/python examples/char_lstm.py $(DEMO_ARGS)
@@ -37,6 +37,10 @@ test-third-party: $(BUILT) $(THIRD_PARTY_DEPENDENCIES) ## Run published models w
 
 test-module-info: $(BUILT) ## Run torch's own samples for its RNN modules on both libraries
 	$(BIN)/python -m pytest tests/module_info
+
+test-pytorch-suite: $(BUILT) ## Run the RNN tests of a PyTorch checkout on both libraries (PYTORCH=/path/to/pytorch)
+	@test -f "$(PYTORCH)/test/test_nn.py" || { echo "PYTORCH=... must name a checkout of pytorch" >&2; exit 1; }
+	$(BIN)/python tests/pytorch_suite/run.py $(PYTORCH)/test/test_nn.py $(PYTORCH)/test/test_modules.py
 
 test-device: $(BUILT) ## Run the suite as on a GPU, on a device that is none: is no test tied to the CPU?
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --device=pretend

@@ -207,6 +207,7 @@ struct KnownGradients {
   const T* dgx = nullptr;  // (N, G*H): of the input side, null: not known
   const T* dgh = nullptr;  // (N, G*H): of the recurrent side; read if the cell tells them apart
   const T* dh = nullptr;   // (N, P): dL/dh after the projection, only with one
+  int64_t row_stride = 0;  // between rows of dgx and dgh, 0: there is nothing between them
 };
 
 template <class T, class Saved = T>

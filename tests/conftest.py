@@ -42,6 +42,7 @@ ABOUT_THE_CPU = {
     "test_operators.py": "schemas and fake kernels; cuda-link-check asks CUDA's for shapes",
     "test_onnx.py": "onnxruntime on the CPU",
     "test_precision.py": "bfloat16 products of the CPU",
+    "test_pytorch_suite.py": "runs in processes of its own",
     "test_random_mask.py": "operators of the CPU engine",
     "test_readme.py": "the README",
     "test_references.py": "NumPy",

@@ -74,6 +74,14 @@ def test_one_graph_with_the_results_and_gradients_of_eager(name: str, backend: s
         torch.testing.assert_close(results_and_gradients(compiled, tokens(*shape)), expected)
 
 
+def test_the_options_that_make_a_call_cheaper() -> None:
+    model = Tagger(nn.LSTM, num_layers=2).double()
+    options = {"cpp_wrapper": True, "size_asserts": False}
+    compiled = rnn_ext.compile(model, fullgraph=True, options=options)
+    expected = results_and_gradients(rnn_ext.convert(model), tokens(5, 3))
+    torch.testing.assert_close(results_and_gradients(compiled, tokens(5, 3)), expected)
+
+
 @each_cell
 def test_two_compilations_for_twenty_shapes(name: str) -> None:
     cls, options = CELLS[name]

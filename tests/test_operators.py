@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils import _pytree as pytree
 
 import rnn_ext
+from helpers import threads
 from rnn_ext import functional as F
 
 recurrent = torch.ops.rnn_ext.recurrent.default
@@ -225,6 +226,20 @@ def test_several_models_of_different_counts_are_an_error(what: str) -> None:
         call[0 if what == "input" else 2] = call[0 if what == "input" else 2][:1]
     with pytest.raises(RuntimeError, match=f"{what} must have 2 entries in dimension 0"):
         recurrent(*call)
+
+
+def test_an_error_in_one_of_several_models_ends_the_call() -> None:
+    call = list(arguments("gru", packed=False, state=False))
+    call[0] = torch.stack([call[0]] * 4)
+    call[4] = [torch.stack([p] * 4) for p in call[4]]
+    output, h_n, _, reserve = recurrent(*call, True)
+    mask = [True] * (3 + len(call[4]))
+    grads = (torch.ones_like(output), torch.ones_like(h_n), None)
+    with (
+        threads(2),  # where the other one waits for the jobs of the first
+        pytest.raises(RuntimeError, match="reserve is not the one of this call's forward"),
+    ):
+        recurrent_backward(*grads, *call[:5], output, reserve[:, 1:], *call[5:], mask)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])

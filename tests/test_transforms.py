@@ -20,8 +20,10 @@ from torch.func import (
 )
 from torch.nn.utils.rnn import PackedSequence
 from torch.profiler import profile
+from torch.utils import _pytree as pytree
 
 import rnn_ext
+from helpers import threads
 
 CONFIGURATIONS = {
     "rnn": (nn.RNN, {}),
@@ -235,6 +237,18 @@ def test_an_ensemble_gives_the_bits_of_its_models() -> None:
     found = vmap(case.call, in_dims=(0, None))(case.stacked(), case.data[0])
     loop = stack([case.call(case.weights_of(m), case.data[0]) for m in case.models])
     assert all(torch.equal(a, b) for a, b in zip(found, loop, strict=True))
+
+
+@each
+def test_the_bits_of_models_and_examples_do_not_depend_on_the_threads(name: str) -> None:
+    case = Case(name)
+    found = {}
+    for count in (1, 2):
+        with threads(count):
+            of_models = vmap(grad(case.loss), in_dims=(0, None))(case.stacked(), case.data[0])
+            of_examples = vmap(grad(case.loss), in_dims=(None, 0))(case.weights, case.data)
+            found[count] = [*pytree.tree_leaves(of_models), *pytree.tree_leaves(of_examples)]
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))
 
 
 @each

@@ -240,11 +240,12 @@ struct BackwardPass {
     const StepRange range = range_at(shape, reversed(d), s, end);
     const int64_t last = begin + kMaxRowBlock < range.rows ? begin + kMaxRowBlock : range.rows;
     const int64_t hidden = padded(shape.hidden_size), proj = shape.proj_size;
+    const int64_t stride = known.row_stride > 0 ? known.row_stride : gate_rows;
     for (int64_t r = begin; r < last; ++r) {
       const int64_t row = range.base + r;
-      copy_row(w.dgx[slot(s)] + r * gate_rows, known.dgx + row * gate_rows, gate_rows);
+      copy_row(w.dgx[slot(s)] + r * gate_rows, known.dgx + row * stride, gate_rows);
       if constexpr (Cell::kSplitsGradient)
-        copy_row(w.dgh[slot(s)] + r * gate_rows, known.dgh + row * gate_rows, gate_rows);
+        copy_row(w.dgh[slot(s)] + r * gate_rows, known.dgh + row * stride, gate_rows);
       if (!project) continue;
       copy_row(w.dh + r * padded(proj), known.dh + row * proj, proj);
       if constexpr (Cell::kHasCellState) {

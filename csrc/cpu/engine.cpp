@@ -146,6 +146,12 @@ void run_stack(const ForwardCall<T>* calls, const Plan* plans, void* const* work
   });
 }
 
+void run_jobs(int64_t jobs, int threads, double work, Runner runner,
+              const std::function<void(int64_t)>& job) {
+  run_team(threads, /*stands_in=*/false, work, runner,
+           [&](Member& member) { member.for_each(jobs, job); });
+}
+
 template <class T>
 WindowPlan plan_window(const WindowCall<T>& call, int max_threads) {
   return make_window_plan({call.shape, int(sizeof(T)), current_kernels().vector_bytes, call.window,

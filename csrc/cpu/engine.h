@@ -1,6 +1,7 @@
 // The CPU engine as the outside sees it: free of torch, for the torch layer and for the C++ tests.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,11 @@ size_t workspace_bytes(const BackwardCall<T>& call, const Plan& plan);
 template <class T>
 void run(const BackwardCall<T>& call, const Plan& plan, void* workspace, Runner runner,
          int64_t from = 0, int64_t to = INT64_MAX);
+
+// job(i) for 0 <= i < jobs, shared out over a team that is watched as that of a call is. `work`:
+// the seconds that the cost model expects of one thread for all of them. A job must not throw.
+void run_jobs(int64_t jobs, int threads, double work, Runner runner,
+              const std::function<void(int64_t)>& job);
 
 template <class T>
 WindowPlan plan_window(const WindowCall<T>& call, int max_threads);

@@ -328,16 +328,7 @@ ForwardResult composite(const Inputs& inputs, const Options& options) {
 
 namespace {
 
-ForwardResult recurrent_autograd(const at::Tensor& input,
-                                 const std::optional<at::Tensor>& batch_sizes,
-                                 const std::optional<at::Tensor>& h_0,
-                                 const std::optional<at::Tensor>& c_0, at::TensorList params,
-                                 int64_t cell, bool has_biases, int64_t num_layers,
-                                 bool bidirectional, bool batch_first, double dropout,
-                                 bool training, bool save_reserve) {
-  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
+ForwardResult recurrent_autograd(const Inputs& inputs, const Options& options, bool save_reserve) {
   if (takes_composite(inputs, options)) return composite(inputs, options);
   const bool track = at::GradMode::is_enabled() &&
                      any_operand(inputs, [](const at::Tensor& t) { return t.requires_grad(); });
@@ -351,12 +342,12 @@ ForwardResult recurrent_autograd(const at::Tensor& input,
   auto& [output, h_n, c_n, reserve] = result;
   const auto node = make_node<RecurrentBackward>(torch::autograd::Edge().function);
   torch::autograd::edge_list edges;
-  edges.reserve(3 + params.size());
+  edges.reserve(3 + inputs.params.size());
   const at::Tensor none;
-  add_edge(edges, input);
-  add_edge(edges, h_0 ? *h_0 : none);
-  add_edge(edges, c_0 ? *c_0 : none);
-  for (const at::Tensor& p : params) add_edge(edges, p);
+  add_edge(edges, inputs.input);
+  add_edge(edges, inputs.h_0 ? *inputs.h_0 : none);
+  add_edge(edges, inputs.c_0 ? *inputs.c_0 : none);
+  for (const at::Tensor& p : inputs.params) add_edge(edges, p);
   node->set_next_edges(std::move(edges));
 
   node->save(inputs, options);
@@ -369,32 +360,25 @@ ForwardResult recurrent_autograd(const at::Tensor& input,
   return result;
 }
 
-std::vector<at::Tensor> recurrent_backward_autograd(
-    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
-    const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
-    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
-    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output,
-    const at::Tensor& reserve, int64_t cell, bool has_biases, int64_t num_layers,
-    bool bidirectional, bool batch_first, double dropout, bool training,
-    c10::List<bool> output_mask) {
-  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
-  const std::array<at::Tensor, 3> grads = {grad_output.value_or(at::Tensor()),
-                                           grad_h_n.value_or(at::Tensor()),
-                                           grad_c_n.value_or(at::Tensor())};
+std::vector<at::Tensor> recurrent_backward_autograd(const Gradients& from, const Inputs& inputs,
+                                                    const at::Tensor& output,
+                                                    const at::Tensor& reserve,
+                                                    const Options& options,
+                                                    const c10::List<bool>& output_mask) {
+  std::array<at::Tensor, 3> grads;
+  for (size_t i = 0; i < 3; ++i) grads[i] = from[i].value_or(at::Tensor());
   const std::vector<bool> mask(output_mask.begin(), output_mask.end());
   const bool of_grads = std::any_of(grads.begin(), grads.end(), has_tangent);
   if (of_grads || any_operand(inputs, has_tangent)) {
     const at::AutoGradMode record(true);
     variable_list results =
-        composite_backward(grads, differentiable_views(operands_of(inputs)), batch_sizes, reserve,
-                           options, mask, /*create_graph=*/true);
+        composite_backward(grads, differentiable_views(operands_of(inputs)), inputs.batch_sizes,
+                           reserve, options, mask, /*create_graph=*/true);
     const variable_list all = operands_of(inputs);
     for (size_t i = 0; i < results.size(); ++i)
       if (!results[i].defined())
-        results[i] =
-            mask[i] && all[i].defined() ? at::zeros_like(all[i]) : at::empty({0}, input.options());
+        results[i] = mask[i] && all[i].defined() ? at::zeros_like(all[i])
+                                                 : at::empty({0}, inputs.input.options());
     return results;
   }
   const auto requires_grad = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
@@ -424,14 +408,8 @@ std::vector<at::Tensor> recurrent_backward_autograd(
 
 // The product of a mixed-precision region is computed as torch computes its own RNNs there: all
 // floating-point operands in the region's dtype.
-ForwardResult recurrent_autocast(const at::Tensor& input,
-                                 const std::optional<at::Tensor>& batch_sizes,
-                                 const std::optional<at::Tensor>& h_0,
-                                 const std::optional<at::Tensor>& c_0, at::TensorList params,
-                                 int64_t cell, bool has_biases, int64_t num_layers,
-                                 bool bidirectional, bool batch_first, double dropout,
-                                 bool training, bool save_reserve) {
-  const auto device = input.device().type();
+ForwardResult recurrent_autocast(const Inputs& inputs, const Options& options, bool save_reserve) {
+  const auto device = inputs.input.device().type();
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
@@ -442,23 +420,26 @@ ForwardResult recurrent_autocast(const at::Tensor& input,
     return t ? std::optional<at::Tensor>(cast(*t)) : std::nullopt;
   };
   std::vector<at::Tensor> cast_params;
-  cast_params.reserve(params.size());
-  for (const at::Tensor& p : params) cast_params.push_back(cast(p));
-  return call_recurrent(
-      {cast(input), batch_sizes, cast_optional(h_0), cast_optional(c_0), cast_params},
-      {CellKind(cell), has_biases, num_layers, bidirectional, batch_first, dropout, training},
-      save_reserve);
+  cast_params.reserve(inputs.params.size());
+  for (const at::Tensor& p : inputs.params) cast_params.push_back(cast(p));
+  return call_recurrent({cast(inputs.input), inputs.batch_sizes, cast_optional(inputs.h_0),
+                         cast_optional(inputs.c_0), cast_params},
+                        options, save_reserve);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnn_ext, Autograd, m) {
-  m.impl("recurrent", recurrent_autograd);
-  m.impl("recurrent_backward", recurrent_backward_autograd);
+  m.impl("recurrent", recurrent_operator<recurrent_autograd>);
+  m.impl("recurrent_backward", recurrent_backward_operator<recurrent_backward_autograd>);
   m.impl("recurrent_backward_per_example", torch::CppFunction::makeFallthrough());
 }
 
-TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) { m.impl("recurrent", recurrent_autocast); }
-TORCH_LIBRARY_IMPL(rnn_ext, AutocastCUDA, m) { m.impl("recurrent", recurrent_autocast); }
+TORCH_LIBRARY_IMPL(rnn_ext, AutocastCPU, m) {
+  m.impl("recurrent", recurrent_operator<recurrent_autocast>);
+}
+TORCH_LIBRARY_IMPL(rnn_ext, AutocastCUDA, m) {
+  m.impl("recurrent", recurrent_operator<recurrent_autocast>);
+}
 
 }  // namespace rnn_ext

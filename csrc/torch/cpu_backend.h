@@ -6,6 +6,10 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <exception>
+#include <mutex>
+
 #include "../cpu/governor.h"
 #include "memory.h"
 #include "ops.h"
@@ -25,6 +29,28 @@ struct Threads {
 inline Threads threads_of_call() {
   const int offered = offered_threads();
   return {offered, offered > 1 ? governor().grant(offered) : 1};
+}
+
+// job(i) for 0 <= i < jobs, whole ones shared out over the threads of a call. `work`: the seconds
+// that the cost model expects of one thread for all of them.
+template <class Job>
+void share_out(int64_t jobs, double work, const Job& job) {
+  const int threads = int(std::min<int64_t>(threads_of_call().granted, jobs));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < jobs; ++i) job(i);
+    return;
+  }
+  std::mutex mutex;
+  std::exception_ptr error;
+  run_jobs(jobs, threads, work, run_on_torch_threads, [&](int64_t i) {
+    try {
+      job(i);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 template <class T>

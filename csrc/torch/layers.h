@@ -14,6 +14,9 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 
+#include <type_traits>
+#include <utility>
+
 #include "ops.h"
 
 namespace rnn_ext {
@@ -192,17 +195,12 @@ struct BackwardArguments {
                     const c10::List<bool>& output_mask);
 };
 
-// Gradients of a layer's parameters in one direction, of each example alone, from those of its
-// gates: row b of the batch is of example b % examples. To results[3 + i] for parameter i, if asked
-// for: (examples, ...). Not for layers with projection.
-struct LayerValues {
-  at::Tensor dgx, dgh;            // (T, B, G*H); the same unless the cell tells them apart
-  at::Tensor x, y;                // (T, B, I), (T, B, H): of this direction
-  std::optional<at::Tensor> h_0;  // (B, H)
-};  // packed (N, ...) instead of (T, B, ...)
-void parameter_gradients_per_example(const Problem& p, const LayerValues& values, int direction,
-                                     const ParamIndex& index, int64_t examples,
-                                     const Wanted& wanted, std::vector<at::Tensor>& results);
+// Gradients of a layer's parameters, of each example alone: what is left to do of `all`, a call for
+// the whole batch that has made all.gates; row b of the batch is of example b % examples. To
+// results[direction]: (examples, ...). CPU only, and not for layers with projection.
+template <class T>
+void parameter_gradients_per_example(const BackwardCall<T>& all,
+                                     const DirectionGradients<T>* results, int64_t examples);
 
 // With `into` the results are written there: tensors of their sizes and dtypes, empty where a
 // result is not there. With `examples`, gradients of parameters are those of each example alone.
@@ -245,8 +243,7 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
   for (size_t i = 0; i < in.params.size(); ++i) {
     std::vector<int64_t> sizes = in.params[i].sizes().vec();
     if (examples > 0) sizes.insert(sizes.begin(), examples);
-    T* const data = result(wanted.params[i], sizes);
-    dparams.push_back(examples > 0 ? nullptr : data);
+    dparams.push_back(result(wanted.params[i], sizes));
   }
 
   const Saved* saved = const_data<Saved>(reserve);
@@ -294,6 +291,8 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
       to_below = Backend::empty({p.layer_output_size()}, plain);
       call.dx = dense_rows<T>(p, mutable_data<T>(to_below));
     }
+    DirectionGradients<T> of_each[kMaxDirections];
+    at::Tensor gates[kMaxDirections][2];
     for (int d = 0; d < o.directions(); ++d) {
       const int64_t slot = layer * o.directions() + d;
       const ParamIndex index = p.param(layer, d);
@@ -303,40 +302,22 @@ std::vector<at::Tensor> backward_layers(const Problem& p, const Inputs& inputs,
       call.dh_n[d] = slice<T>(dh_n, slot);
       call.dc_n[d] = slice<T>(dc_n, slot);
       call.reserve[d] = saved + p.saved_offset(layer, d);
-      call.gradients[d] = {gradient(index.w_ih),
-                           gradient(index.w_hh),
-                           gradient(index.b_ih),
-                           gradient(index.b_hh),
-                           gradient(index.w_hr),
-                           dh_0 ? dh_0 + slot * B * R : nullptr,
-                           dc_0 ? dc_0 + slot * B * H : nullptr};
-    }
-    std::vector<LayerValues> values(examples > 0 && here ? size_t(o.directions()) : 0);
-    const auto sizes = [&](int64_t width) {
-      return p.packed ? std::vector<int64_t>{p.shape.rows(), width}
-                      : std::vector<int64_t>{p.shape.steps, B, width};
-    };
-    for (size_t d = 0; d < values.size(); ++d) {
-      LayerValues& v = values[d];
-      v.dgx = v.dgh = Backend::empty(sizes(num_gates(o.cell) * H), plain);
-      if (o.cell == CellKind::kGru) v.dgh = Backend::empty(v.dgx.sizes(), plain);
-      call.gates[d] = {mutable_data<T>(v.dgx), mutable_data<T>(v.dgh)};
+      DirectionGradients<T>& gradients = call.gradients[d];
+      gradients = {gradient(index.w_ih), gradient(index.w_hh), gradient(index.b_ih),
+                   gradient(index.b_hh), gradient(index.w_hr)};
+      if (examples > 0 && here) {
+        of_each[d] = std::exchange(gradients, {});
+        const int64_t width = num_gates(o.cell) * H;
+        gates[d][0] = gates[d][1] = Backend::empty({p.shape.rows(), width}, plain);
+        if (o.cell == CellKind::kGru) gates[d][1] = Backend::empty(gates[d][0].sizes(), plain);
+        call.gates[d] = {mutable_data<T>(gates[d][0]), mutable_data<T>(gates[d][1])};
+      }
+      gradients.h_0 = dh_0 ? dh_0 + slot * B * R : nullptr;
+      gradients.c_0 = dc_0 ? dc_0 + slot * B * H : nullptr;
     }
     backend.run(call);
-    for (int d = 0; d < int(values.size()); ++d) {
-      LayerValues& v = values[size_t(d)];
-      const auto in_time_order = [&](const at::Tensor& t) {
-        const at::Tensor rows = p.packed ? t.narrow(0, 0, p.shape.rows()) : t;
-        return !p.packed && o.batch_first ? rows.transpose(0, 1) : rows;
-      };
-      const auto from_reserve = [&](int64_t of_layer) {
-        return kept_layer_output(p, reserve, of_layer, element).view(sizes(p.output_width()));
-      };
-      v.x = layer == 0 ? in_time_order(in.input) : from_reserve(layer - 1);
-      v.y = (last ? in_time_order(output) : from_reserve(layer)).narrow(-1, d * H, H);
-      if (in.h_0) v.h_0 = in.h_0->select(0, layer * o.directions() + d);
-      parameter_gradients_per_example(p, v, d, p.param(layer, d), examples, wanted, results);
-    }
+    if constexpr (std::is_same_v<T, Saved>)
+      if (examples > 0 && here) parameter_gradients_per_example(call, of_each, examples);
     if (layer > 0 && below) {
       if (o.drops()) to_below.mul_(mask(layer - 1));
       from_above = to_below;

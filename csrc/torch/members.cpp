@@ -5,8 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
 
-#include "memory.h"
-#include "ops.h"
+#include "cpu_backend.h"
 
 namespace rnn_ext {
 namespace {
@@ -26,17 +25,23 @@ int64_t count_members(const Inputs& in, const Options& options) {
   return count;
 }
 
-// run(member) for every member.
+// run(member) for every member, a thread each where there are members enough for all threads.
 template <class F>
-void for_each_member(const Inputs& in, int64_t count, const F& run) {
-  if (count < offered_threads() || !in.input.is_cpu() || offered_threads() == 1) {
+void for_each_member(const Inputs& in, const Problem& one, bool backward, int64_t count,
+                     const F& run) {
+  if (count < offered_threads() || !in.input.is_cpu()) {
     for (int64_t m = 0; m < count; ++m) run(m);  // each with all threads
     return;
   }
+  double work = 0;
+  for (int64_t layer = 0; layer < one.options.num_layers; ++layer) {
+    const SequenceShape shape = one.layer_shape(layer);
+    work += plan_call<float>(shape, backward, 1).step_seconds * double(shape.steps * count);
+  }
   const at::ThreadLocalState state;
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  share_out(count, work, [&](int64_t m) {
     const at::ThreadLocalStateGuard same(state);
-    for (int64_t m = begin; m < end; ++m) run(m);
+    run(m);
   });
 }
 
@@ -77,7 +82,7 @@ ForwardResult members_forward(const Inputs& inputs, const Options& options, bool
       options.is_lstm() ? of_all({slots, p.shape.batch, p.shape.hidden_size}) : of_all({0});
   const at::Tensor reserve = empty({count, save_reserve ? p.reserve_size() : 0},
                                    like.dtype(at::toOpMathType(inputs.input.scalar_type())));
-  for_each_member(inputs, count, [&](int64_t m) {
+  for_each_member(inputs, p, /*backward=*/false, count, [&](int64_t m) {
     run(SingleModel(inputs, m).inputs,
         {output.select(0, m), h_n.select(0, m), c_n.select(0, m), reserve.select(0, m)});
   });
@@ -108,7 +113,9 @@ std::vector<at::Tensor> members_backward(const Gradients& grads, const Inputs& i
   add(inputs.h_0);
   add(inputs.c_0);
   for (const at::Tensor& p : inputs.params) add(p);
-  for_each_member(inputs, count, [&](int64_t m) {
+  const SingleModel first(inputs, 0);
+  const Problem p(first.inputs, options);
+  for_each_member(inputs, p, /*backward=*/true, count, [&](int64_t m) {
     Gradients own;
     for (size_t i = 0; i < 3; ++i)
       if (grads[i] && grads[i]->defined()) own[i] = grads[i]->select(0, m);

@@ -24,14 +24,7 @@ std::atomic<bool> g_forked{false};
 [[maybe_unused]] const int g_watching_forks =
     pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
 
-ForwardResult recurrent_cpu(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
-                            const std::optional<at::Tensor>& h_0,
-                            const std::optional<at::Tensor>& c_0, at::TensorList params,
-                            int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional,
-                            bool batch_first, double dropout, bool training, bool save_reserve) {
-  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
+ForwardResult recurrent_cpu(const Inputs& inputs, const Options& options, bool save_reserve) {
   const auto run = [&](const Inputs& one, const ForwardResult* into) {
     const Problem problem(one, options);
     if (at::toOpMathType(one.input.scalar_type()) == at::kDouble)
@@ -56,18 +49,10 @@ std::vector<at::Tensor> backward_cpu(const Gradients& grads, const Inputs& input
                                             examples);
 }
 
-std::vector<at::Tensor> recurrent_backward_cpu(
-    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
-    const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
-    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
-    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output,
-    const at::Tensor& reserve, int64_t cell, bool has_biases, int64_t num_layers,
-    bool bidirectional, bool batch_first, double dropout, bool training,
-    c10::List<bool> output_mask) {
-  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
-  const Gradients grads = {grad_output, grad_h_n, grad_c_n};
+std::vector<at::Tensor> recurrent_backward_cpu(const Gradients& grads, const Inputs& inputs,
+                                               const at::Tensor& output, const at::Tensor& reserve,
+                                               const Options& options,
+                                               const c10::List<bool>& output_mask) {
   if (!has_members(inputs))
     return backward_cpu(grads, inputs, output, reserve, options, output_mask, nullptr, 0);
   return members_backward(grads, inputs, output, reserve, options, output_mask,
@@ -159,7 +144,7 @@ std::vector<at::Tensor> dropout_masks(const Problem& p, const at::Tensor& reserv
 ForwardResult call_recurrent(const Inputs& in, const Options& o, bool save_reserve) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rnn_ext::recurrent", "")
-                             .typed<decltype(recurrent_cpu)>();
+                             .typed<decltype(recurrent_operator<recurrent_cpu>)>();
   return op.call(in.input, in.batch_sizes, in.h_0, in.c_0, in.params, int64_t(o.cell), o.has_biases,
                  o.num_layers, o.bidirectional, o.batch_first, o.dropout, o.training, save_reserve);
 }
@@ -175,9 +160,10 @@ std::vector<at::Tensor> call_recurrent_backward(const std::array<at::Tensor, 3>&
                                                 const at::Tensor& reserve, const Options& o,
                                                 const std::array<bool, 3>& state_mask,
                                                 const std::vector<bool>& param_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rnn_ext::recurrent_backward", "")
-                             .typed<decltype(recurrent_backward_cpu)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rnn_ext::recurrent_backward", "")
+          .typed<decltype(recurrent_backward_operator<recurrent_backward_cpu>)>();
   c10::List<bool> mask;
   mask.reserve(3 + param_mask.size());
   for (bool m : state_mask) mask.push_back(m);
@@ -230,8 +216,8 @@ TORCH_LIBRARY(rnn_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) {
-  m.impl("recurrent", recurrent_cpu);
-  m.impl("recurrent_backward", recurrent_backward_cpu);
+  m.impl("recurrent", recurrent_operator<recurrent_cpu>);
+  m.impl("recurrent_backward", recurrent_backward_operator<recurrent_backward_cpu>);
   m.impl("recurrent_backward_per_example", recurrent_backward_per_example_cpu);
 }
 

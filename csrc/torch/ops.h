@@ -1,6 +1,7 @@
 // Shared by the files of the torch layer: how a call is described, checked and passed on.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
@@ -101,6 +102,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_forward(
 std::vector<at::Tensor> dropout_masks(const Problem& problem, const at::Tensor& reserve);
 at::Tensor draw_dropout_mask(const at::Tensor& like, double dropout);
 
+// The operators as torch calls them, of a kernel that takes what they are about: a description of
+// the call and its options.
+template <ForwardResult (*kernel)(const Inputs&, const Options&, bool save_reserve)>
+ForwardResult recurrent_operator(const at::Tensor& input,
+                                 const std::optional<at::Tensor>& batch_sizes,
+                                 const std::optional<at::Tensor>& h_0,
+                                 const std::optional<at::Tensor>& c_0, at::TensorList params,
+                                 int64_t cell, bool has_biases, int64_t num_layers,
+                                 bool bidirectional, bool batch_first, double dropout,
+                                 bool training, bool save_reserve) {
+  return kernel(
+      {input, batch_sizes, h_0, c_0, params},
+      {CellKind(cell), has_biases, num_layers, bidirectional, batch_first, dropout, training},
+      save_reserve);
+}
+
+using Gradients = std::array<std::optional<at::Tensor>, 3>;  // of output, h_n, c_n
+
+template <std::vector<at::Tensor> (*kernel)(const Gradients&, const Inputs&,
+                                            const at::Tensor& output, const at::Tensor& reserve,
+                                            const Options&, const c10::List<bool>& output_mask)>
+std::vector<at::Tensor> recurrent_backward_operator(
+    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
+    const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
+    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
+    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output,
+    const at::Tensor& reserve, int64_t cell, bool has_biases, int64_t num_layers,
+    bool bidirectional, bool batch_first, double dropout, bool training,
+    c10::List<bool> output_mask) {
+  return kernel(
+      {grad_output, grad_h_n, grad_c_n}, {input, batch_sizes, h_0, c_0, params}, output, reserve,
+      {CellKind(cell), has_biases, num_layers, bidirectional, batch_first, dropout, training},
+      output_mask);
+}
+
 // composite_forward with the dropout drawn here; its reserve is empty.
 ForwardResult composite(const Inputs& inputs, const Options& options);
 
@@ -114,7 +150,6 @@ struct SingleModel {
   SingleModel(const SingleModel&) = delete;  // inputs points into params
 };
 // `run` computes one of them into the given tensors.
-using Gradients = std::array<std::optional<at::Tensor>, 3>;  // of output, h_n, c_n
 using MemberForward = std::function<void(const Inputs&, const ForwardResult& into)>;
 using MemberBackward =
     std::function<void(const Gradients&, const Inputs&, const at::Tensor& output,

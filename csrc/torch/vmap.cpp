@@ -17,13 +17,16 @@ using at::functorch::maybeGetBatchedImpl;
 
 // The innermost vmap that maps any of these tensors; 0 if none does. (torch's own question for the
 // current level is behind a header that needs one which torch does not install.)
-int64_t innermost_level(std::initializer_list<at::Tensor> tensors, at::TensorList more) {
+int64_t innermost_level(const Inputs& in, std::initializer_list<at::Tensor> more) {
   int64_t level = 0;
   const auto look = [&](const at::Tensor& t) {
     if (!t.defined()) return;
     if (const auto* batched = maybeGetBatchedImpl(t)) level = std::max(level, batched->level());
   };
-  for (const at::Tensor& t : tensors) look(t);
+  look(in.input);
+  for (const auto& t : {in.batch_sizes, in.h_0, in.c_0})
+    if (t) look(*t);
+  for (const at::Tensor& t : in.params) look(t);
   for (const at::Tensor& t : more) look(t);
   return level;
 }
@@ -156,18 +159,10 @@ struct Members {
 
 // --------------------------------------------------------------------------------- the operators
 
-ForwardResult recurrent_vmap(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
-                             const std::optional<at::Tensor>& h_0,
-                             const std::optional<at::Tensor>& c_0, at::TensorList params,
-                             int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional,
-                             bool batch_first, double dropout, bool training, bool save_reserve) {
-  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
+ForwardResult recurrent_vmap(const Inputs& inputs, const Options& options, bool save_reserve) {
   // vmap's `randomness` says what is drawn anew for whom: left to the operations that draw.
   if (options.drops()) return composite(inputs, options);
-  const int64_t level =
-      innermost_level({input, or_none(batch_sizes), or_none(h_0), or_none(c_0)}, params);
+  const int64_t level = innermost_level(inputs, {});
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::FuncTorchBatched);
   const MappedCall call(inputs, options, level);
   if (call.size == 0) return call_recurrent(inputs, options, save_reserve);
@@ -190,25 +185,17 @@ bool requires_grad_below(const at::Tensor& t) {
   return t.requires_grad() || t._fw_grad(/*level=*/0).defined();
 }
 
-std::vector<at::Tensor> recurrent_backward_vmap(
-    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
-    const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
-    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
-    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output_,
-    const at::Tensor& reserve_, int64_t cell, bool has_biases, int64_t num_layers,
-    bool bidirectional, bool batch_first, double dropout, bool training,
-    c10::List<bool> output_mask) {
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
-  const int64_t level =
-      innermost_level({or_none(grad_output), or_none(grad_h_n), or_none(grad_c_n), input,
-                       or_none(batch_sizes), or_none(h_0), or_none(c_0), output_, reserve_},
-                      params);
+std::vector<at::Tensor> recurrent_backward_vmap(const Gradients& from, const Inputs& inputs,
+                                                const at::Tensor& output_,
+                                                const at::Tensor& reserve_, const Options& options,
+                                                const c10::List<bool>& output_mask) {
+  const int64_t level = innermost_level(
+      inputs, {or_none(from[0]), or_none(from[1]), or_none(from[2]), output_, reserve_});
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::FuncTorchBatched);
-  MappedCall call({input, batch_sizes, h_0, c_0, params}, options, level);
+  MappedCall call(inputs, options, level);
   const bool forward_mapped = call.size > 0;
-  const std::array<Operand, 3> grads = {call.wrap(or_none(grad_output)),
-                                        call.wrap(or_none(grad_h_n)), call.wrap(or_none(grad_c_n))};
+  std::array<Operand, 3> grads;
+  for (size_t i = 0; i < 3; ++i) grads[i] = call.wrap(or_none(from[i]));
   const Operand output = call.wrap(output_), reserve = call.wrap(reserve_);
   const std::vector<bool> mask(output_mask.begin(), output_mask.end());
   const std::array<bool, 3> state_mask = {mask[0], mask[1], mask[2]};
@@ -229,8 +216,8 @@ std::vector<at::Tensor> recurrent_backward_vmap(
     const auto mapped_again = [&] {
       return any([](const at::Tensor& t) { return t.defined() && maybeGetBatchedImpl(t); });
     };
-    const int64_t plain = (has_biases ? 4 : 2) * num_layers * options.directions();
-    const bool projected = int64_t(params.size()) != plain;
+    const int64_t plain = (options.has_biases ? 4 : 2) * options.num_layers * options.directions();
+    const bool projected = int64_t(inputs.params.size()) != plain;
     const bool one_model = call.lead == 0 && !projected && call.input.value.is_cpu();
     if (!of_params || (one_model && !mapped_again() && !differentiable())) {
       const Folded folded(call);
@@ -273,8 +260,8 @@ std::vector<at::Tensor> recurrent_backward_vmap(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnn_ext, FuncTorchBatched, m) {
-  m.impl("recurrent", recurrent_vmap);
-  m.impl("recurrent_backward", recurrent_backward_vmap);
+  m.impl("recurrent", recurrent_operator<recurrent_vmap>);
+  m.impl("recurrent_backward", recurrent_backward_operator<recurrent_backward_vmap>);
 }
 
 }  // namespace rnn_ext
