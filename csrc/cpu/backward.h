@@ -46,20 +46,24 @@ struct BackwardPass {
     Element* dgh_operand[2];
     T* carry;  // (B, padded(R)): dL/dh on its way to the next position, without the product
     T* dc;     // (B, padded(H))
-    T* dh;     // (chunk rows, padded(R)): dL/dh, where its row has to be complete before the cell
+    T* dh;     // (chunk rows, padded(R)), of normalized layers (B, padded(R)): dL/dh, where its row
+               // has to be complete before the cell
     Element* dh_operand;
     T* output;  // (chunk rows, padded(H)): h before the projection
     WeightGradient ih, hh, hr;
-    // Only with layer normalization, of a chunk's rows: gradients by what it yields, and those
-    // times what it starts from, normalized.
-    T *dnormal, *dnormal_hh;  // (chunk rows, G*H)
-    T *dc_out, *dc_gain;      // (chunk rows, H), by the normalized c
+    // Only with layer normalization.
+    T* dnormal;  // (B, 2, G*H): gradients by what it yields, of the input and the recurrent side
+    T* dc_row;   // (B, 3, padded(H)): by c and by o's gate, from the output; normalized c
+    // Gradients of its parameters, summed over a chunk's steps and a group's rows.
+    struct Sums {
+      T *ih, *hh, *b_ih, *b_hh;  // (groups, G*H)
+      T *c, *c_bias;             // (groups, H)
+    } sums;
     // Only with the reset gate before the product.
     Element* w_second;         // panels of W_hn, (H, H)
     Element* dn;               // (B, padded(H)), as operands
     T* reset_h;                // (chunk rows, padded(H)): r * h_{t-1}
     WeightGradient candidate;  // of W_hn; hh is that of W_hr and W_hz
-    T* dc_row;  // (B, 3, padded(H)): by c and by o's gate, from the output; normalized c
   };
 
   const BackwardCall<T>& call;
@@ -81,7 +85,7 @@ struct BackwardPass {
         plan(p),
         gate_rows(kGates * c.shape.hidden_size),
         project(c.shape.proj_size > 0),
-        norm(c.features.norm_hh[0]),
+        norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
         splits((Cell::kSplitsGradient && !two_stages) || norm),
         state_columns{c.shape.state_size()},
@@ -118,15 +122,16 @@ struct BackwardPass {
       }
       w.carry = take(shape.batch * padded(shape.state_size()));
       w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
-      w.dh = take(rows * padded(shape.state_size()), project || norm);
+      w.dh = take((norm ? shape.batch : rows) * padded(shape.state_size()), project || norm);
       w.w_second = take_elements(state_columns.size(elements<P>(H)), two_stages);
       w.dn = take_elements(shape.batch * elements<P>(padded(H)), two_stages);
       w.reset_h = take(rows * padded(H), two_stages && g.w_hh);
-      w.dnormal = take(rows * gate_rows, norm);
-      w.dnormal_hh = take(rows * gate_rows, norm);
-      w.dc_out = take(rows * H, norm && Cell::kHasCellState);
-      w.dc_gain = take(rows * H, norm && Cell::kHasCellState);
+      w.dnormal = take(shape.batch * 2 * gate_rows, norm);
       w.dc_row = take(shape.batch * 3 * padded(H), norm && Cell::kHasCellState);
+      const int64_t groups = row_groups(shape, plan);
+      for (T** p : {&w.sums.ih, &w.sums.hh, &w.sums.b_ih, &w.sums.b_hh})
+        *p = take(groups * gate_rows, norm);
+      for (T** p : {&w.sums.c, &w.sums.c_bias}) *p = take(groups * H, norm && Cell::kHasCellState);
       w.dh_operand = take_operand(w.dh, rows * projection_stride(), project);
       w.output = take(rows * padded(H), project && g.w_hr);
     }
@@ -153,8 +158,7 @@ struct BackwardPass {
       set_up(w.hr, g.w_hr, shape.proj_size, hidden_columns);
     }
     arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
-    if (call.dx.data && !features.projected_input)
-      w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
+    if (call.dx.data) w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
     workspace_bytes = arena.bytes();
   }
 
@@ -228,6 +232,10 @@ struct BackwardPass {
       if (w.dc)
         load_state(w.dc, shape, H, [&](int64_t b) { return state_row(call.dc_n[d], shape, b, H); });
       const DirectionGradients<T>& g = call.gradients[d];
+      for (T* sums : {w.sums.ih, w.sums.hh, w.sums.b_ih, w.sums.b_hh})
+        if (norm) zero_row(sums, row_groups(shape, plan) * gate_rows);
+      for (T* sums : {w.sums.c, w.sums.c_bias})
+        if (norm && Cell::kHasCellState) zero_row(sums, row_groups(shape, plan) * H);
       if (g.reset_h) zero_row(g.reset_h, shape.batch * R);
       if (g.reset_c) zero_row(g.reset_c, shape.batch * H);
     });
@@ -324,7 +332,12 @@ struct BackwardPass {
     for_tiles(team, part, state_columns.panels(),
               [&](int d, int64_t panel, int64_t begin) { state_tile(d, panel, s, begin); });
     if (s == shape.steps) return;
-    if (norm) return for_part_rows(team, part, s, [&](int d, int64_t b) { norm_row(d, s, b); });
+    if (norm)
+      return for_row_groups(team, part, plan,
+                            [&](int d, int64_t group, int64_t begin, int64_t end) {
+                              for (int64_t b = begin; b < end && b < active_at(d, s); ++b)
+                                norm_row(d, s, b, group);
+                            });
     if constexpr (kGates == 3) {
       if (two_stages)
         for_tiles(team, part, state_columns.panels(),
@@ -341,17 +354,6 @@ struct BackwardPass {
     team.for_each(part.jobs(panels), [&](int64_t i) {
       job(part.first_direction + int(i / (panels * part.blocks)), i / part.blocks % panels,
           (part.first_block + i % part.blocks) * plan.row_block);
-    });
-  }
-
-  // Calls job(direction, batch row) for the part's rows of position s.
-  template <class Job>
-  void for_part_rows(Member& team, const Part& part, int64_t s, Job&& job) const {
-    const int64_t rows = part.blocks * plan.row_block;
-    team.for_each(part.directions * rows, [&](int64_t i) {
-      const int d = part.first_direction + int(i / rows);
-      const int64_t b = part.first_block * plan.row_block + i % rows;
-      if (b < active_at(d, s)) job(d, b);
     });
   }
 
@@ -412,7 +414,7 @@ struct BackwardPass {
     }
     if (project || norm) {
       for (int64_t r = 0; r < now; ++r) {
-        const int64_t row = chunk_row(d, s) + begin + r;
+        const int64_t row = (norm ? 0 : chunk_row(d, s)) + begin + r;
         copy_row(w.dh + row * stride + first, tile + r * width, width);
         if (!kValuesAreOperands && project) {
           for (int64_t i = 0; i < width; i += kLanes<T>)
@@ -425,8 +427,8 @@ struct BackwardPass {
       for (int64_t r = 0; r < now; ++r)
         for (int v = 0; v < vectors; ++v)
           store(carry + r * stride + v * kLanes<T>,
-                unit_backward(d, s, t, begin + r, first + v * kLanes<T>,
-                              load(tile + r * width + v * kLanes<T>)));
+                unit_backward<false>(d, s, t, begin + r, first + v * kLanes<T>,
+                                     load(tile + r * width + v * kLanes<T>)));
     }
   }
 
@@ -467,12 +469,13 @@ struct BackwardPass {
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < now; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward(d, s, t, begin + r, first + v * kLanes<T>,
-                      load(tile + r * width + v * kLanes<T>));
+        unit_backward<false>(d, s, t, begin + r, first + v * kLanes<T>,
+                             load(tile + r * width + v * kLanes<T>));
   }
 
   // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
-  // pass through W_hh.
+  // pass through W_hh. kNorm: for norm_row.
+  template <bool kNorm>
   RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t unit,
                                       Vec<T> dh) const {
     if constexpr (kGates == 3) {
@@ -519,17 +522,14 @@ struct BackwardPass {
         u.dc -= dc_past;
       }
     }
-    Vec<T> do_gate = {};
-    if constexpr (Cell::kHasCellState) {
-      if (norm) {  // what goes through the output is known already
-        const T* known = w.dc_row + b * 3 * hidden + unit;
-        u.dc += load(known);
-        do_gate = load(known + hidden);
-        u.dh = Vec<T>{};
-      }
+    if constexpr (kNorm && Cell::kHasCellState) {  // what goes through the output is known already
+      const T* known = w.dc_row + b * 3 * hidden + unit;
+      u.dc = Cell::backward_state(math, saved, u.dc + load(known), dx);
+      u.dh_prev = Vec<T>{};
+      dx[kGates - 1] = load(known + hidden);  // the gates end with o
+    } else {
+      Cell::backward(math, saved, u, dx, dg);
     }
-    Cell::backward(math, saved, u, dx, dg);
-    if (Cell::kHasCellState && norm) dx[kGates - 1] = do_gate;  // the gates end with o
     u.dh_prev += dh_past;
     if constexpr (Cell::kHasCellState) {
       u.dc += dc_past;
@@ -548,13 +548,16 @@ struct BackwardPass {
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g) {
       const int64_t column = g * H + unit;
+      if constexpr (kNorm) {
+        T* const by_side = w.dnormal + b * 2 * gate_rows + column;
+        store_upto(by_side, dx[g], rest);
+        if (Cell::kSplitsGradient) store_upto(by_side + gate_rows, dg[g], rest);
+        continue;
+      }
       store_upto(w.dgx[slot(s)] + row * gate_rows + column, dx[g], rest);
       if constexpr (!kValuesAreOperands)
         P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, dx[g], rest);
-      if (norm) {
-        store_upto(w.dnormal + row * gate_rows + column, Cell::kSplitsGradient ? dg[g] : dx[g],
-                   rest);
-      } else if constexpr (Cell::kSplitsGradient) {
+      if constexpr (Cell::kSplitsGradient) {
         store_upto(w.dgh[slot(s)] + row * gate_rows + column, dg[g], rest);
         if constexpr (!kValuesAreOperands)
           P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dg[g], rest);
@@ -570,6 +573,8 @@ struct BackwardPass {
                         int64_t m);
   void sum_rows(const T* from, int64_t n, int64_t rows, int64_t block, bool first_chunk, T* bias,
                 T* also) const;
+  void take_sums(T* from, int64_t n, int64_t groups, int64_t block, bool first_chunk, T* to,
+                 T* also) const;
   template <class Source>
   void pack_right(const StepRange& range, int64_t panel, const WeightGradient& gradient,
                   Source&& source, const T* mask = nullptr) const;
@@ -592,8 +597,10 @@ struct BackwardPass {
   }
 
   // In layer_norm.h.
-  void norm_row(int d, int64_t s, int64_t b) const;
-  void norm_output(int d, int64_t t, int64_t b, int64_t row, const T* dh) const;
+  struct NormSide;
+  void norm_row(int d, int64_t s, int64_t b, int64_t group) const;
+  void normalize_backward(const NormSide& side) const;
+  void norm_output(int d, int64_t t, int64_t b, int64_t group, const T* dh, const T* kept) const;
 
   void finish(int d) const {
     const Direction& w = directions[d];

@@ -28,6 +28,7 @@ void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end) con
                             hidden_columns.panels(),
                             norm ? gate_blocks : 0,
                             norm && Cell::kHasCellState ? hidden_blocks : 0};
+  const int64_t groups = row_groups(shape, plan);
   int64_t jobs = 0;
   for (int64_t count : counts) jobs += count;
   team.for_each(shape.directions * jobs, [&](int64_t job) {
@@ -48,14 +49,15 @@ void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end) con
           pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.hh.left, 2 * H);
           pack_left(w.dgx[slot(s)] + 2 * H, gate_rows, range.rows, i, w.candidate.left, H);
         }
+        if (norm) return;
         return sum_rows(w.dgx[slot(s)], gate_rows, range.rows, i, s == 0, g.b_ih,
                         both ? g.b_hh : nullptr);
       }
       case 1:
         if (!splits) return;
         pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, gate_rows);
-        return sum_rows(norm ? w.dnormal : w.dgh[slot(s)], gate_rows, range.rows, i, s == 0, g.b_hh,
-                        nullptr);
+        if (norm) return;
+        return sum_rows(w.dgh[slot(s)], gate_rows, range.rows, i, s == 0, g.b_hh, nullptr);
       case 2:
         return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left, shape.proj_size);
       case 3:
@@ -77,10 +79,16 @@ void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end) con
           return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);
         });
       case 6:
-        return sum_rows(w.dnormal_hh, gate_rows, range.rows, i, s == 0, g.norm_hh, nullptr);
+        take_sums(w.sums.ih, gate_rows, groups, i, s == 0, g.norm_ih, nullptr);
+        take_sums(w.sums.hh, gate_rows, groups, i, s == 0, g.norm_hh, nullptr);
+        take_sums(w.sums.b_ih, gate_rows, groups, i, s == 0, g.b_ih,
+                  Cell::kSplitsGradient ? nullptr : g.b_hh);
+        if (Cell::kSplitsGradient)
+          take_sums(w.sums.b_hh, gate_rows, groups, i, s == 0, g.b_hh, nullptr);
+        return;
       case 7:
-        sum_rows(w.dc_out, shape.hidden_size, range.rows, i, s == 0, g.norm_c_bias, nullptr);
-        return sum_rows(w.dc_gain, shape.hidden_size, range.rows, i, s == 0, g.norm_c, nullptr);
+        take_sums(w.sums.c, shape.hidden_size, groups, i, s == 0, g.norm_c, nullptr);
+        take_sums(w.sums.c_bias, shape.hidden_size, groups, i, s == 0, g.norm_c_bias, nullptr);
     }
   });
 }
@@ -115,6 +123,16 @@ void BackwardPass<P, Cell>::sum_rows(const T* from, int64_t n, int64_t rows, int
     for (T* to : {bias, also})
       if (to) store_upto(to + column, first_chunk ? sum : load_upto(to + column, rest) + sum, rest);
   }
+}
+
+// The same of a normalized layer's sums by groups, which begin again at zero.
+template <class P, class Cell>
+void BackwardPass<P, Cell>::take_sums(T* from, int64_t n, int64_t groups, int64_t block,
+                                      bool first_chunk, T* to, T* also) const {
+  sum_rows(from, n, groups, block, first_chunk, to, also);
+  const int64_t first = block * kMaxRowBlock, rest = n - first;
+  for (int64_t group = 0; group < groups; ++group)
+    zero_row(from + group * n + first, rest < kMaxRowBlock ? rest : kMaxRowBlock);
 }
 
 // `mask` (B, count of columns): factors of the source's rows, null means ones.
@@ -195,17 +213,6 @@ void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t panel, 
 template <class P, class Cell>
 void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64_t end) const {
   const StepRange range = range_at(shape, reversed(d), s, end);
-  if (features.projected_input) {
-    team.for_each(blocks_of(range.rows, kMaxRowBlock), [&](int64_t i) {
-      const int64_t begin = i * kMaxRowBlock, rest = range.rows - begin;
-      for_rows(shape, range, begin, begin + (rest < kMaxRowBlock ? rest : kMaxRowBlock),
-               [&](int64_t row, int64_t t, int64_t b) {
-                 copy_row(call.dx.at(shape, t, b) + d * gate_rows,
-                          directions[d].dgx[slot(s)] + row * gate_rows, gate_rows);
-               });
-    });
-    return;
-  }
   const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kMaxRowBlock);
   const int64_t most = blocks_of(team.members(), panels);  // fewer panels than members: share them
   const int64_t shares = most < blocks ? most : blocks;
