@@ -113,15 +113,15 @@ struct Features {
   // Zoneout (Krueger et al. 2017): h_t = h~ + z * (h_{t-1} - h~), c_t likewise, where h~ comes from
   // the c~ before it. An RNN then keeps its h~ in the reserve, one value per unit.
   StepRows<const T> zoneout_h, zoneout_c;  // (T, B, D*H)
-  // Layer normalization inside the cell (Ba et al. 2016): the G*H values of W_hh h_{t-1} of a row
-  // become (v - mean) / sqrt(variance + eps) * norm_hh before b_hh is added, and the LSTM's output
-  // reads c_t normalized likewise, with norm_c and its bias; c_t itself stays what it is.
-  const T* norm_hh[kMaxDirections] = {};      // (G*H), null: no normalization
+  // Layer normalization inside the cell (Ba et al. 2016): of a row's W_ih x_t and W_hh h_{t-1}
+  // each, the G*H values become (v - mean) / sqrt(variance + eps) * gain before the bias is added,
+  // and the LSTM's output reads c_t normalized likewise, with norm_c and its bias; c_t itself stays
+  // what it is.
+  const T* norm_ih[kMaxDirections] = {};      // (G*H), null: no normalization
+  const T* norm_hh[kMaxDirections] = {};      // (G*H)
   const T* norm_c[kMaxDirections] = {};       // (H), LSTM only
   const T* norm_c_bias[kMaxDirections] = {};  // (H)
   double norm_eps = 0;
-  // x holds the gates' input side W_ih x_t + b_ih itself, (T, B, D*G*H), and there is no W_ih.
-  bool projected_input = false;
   // GRU: the reset gate before the product (GruResetBefore in cells/gru.h).
   bool reset_before = false;
   // Gradients stop between every so many positions of a direction's own order; 0: nowhere.
@@ -136,13 +136,16 @@ struct Features {
   RNN_EXT_SHARED_INLINE int64_t end(const SequenceShape& shape) const {
     return last_position < shape.steps ? last_position : shape.steps;
   }
+  // Does a step have a second part, which reads whole rows of what the first one makes?
+  RNN_EXT_SHARED_INLINE bool two_parts() const { return norm_ih[0] || reset_before; }
   // Values kept per hidden unit, row and direction between forward and backward: the cell's (an
-  // RNN's own output where zoneout mixes it), then the normalized products and their 1/sqrt.
+  // RNN's own output where zoneout mixes it), then both sides' normalized products and, in the
+  // place of a value per unit, the statistics.
   RNN_EXT_SHARED_INLINE int kept_of_cell(CellKind cell) const {
-    return num_saved(cell) > 0 ? num_saved(cell) : zoneout_h.data || norm_hh[0] ? 1 : 0;
+    return num_saved(cell) > 0 ? num_saved(cell) : zoneout_h.data || norm_ih[0] ? 1 : 0;
   }
   RNN_EXT_SHARED_INLINE int kept(CellKind cell) const {
-    return kept_of_cell(cell) + (norm_hh[0] ? num_gates(cell) + 1 : 0);
+    return kept_of_cell(cell) + (norm_ih[0] ? 2 * num_gates(cell) + 1 : 0);
   }
   // Does direction d come to the b-th row's step t, where it is active, with the reset state?
   RNN_EXT_SHARED_INLINE bool starts_anew(const SequenceShape& shape, int d, int64_t t,
@@ -186,7 +189,8 @@ struct DirectionGradients {
   // Of Features::reset_h and reset_c.
   T* reset_h = nullptr;  // (B, R)
   T* reset_c = nullptr;  // (B, H)
-  // Of Features::norm_hh, norm_c and norm_c_bias.
+  // Of Features::norm_ih, norm_hh, norm_c and norm_c_bias.
+  T* norm_ih = nullptr;      // (G*H)
   T* norm_hh = nullptr;      // (G*H)
   T* norm_c = nullptr;       // (H)
   T* norm_c_bias = nullptr;  // (H)

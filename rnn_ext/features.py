@@ -476,7 +476,8 @@ class _Call:
         states = None
         if self.return_all_states:
             states = AllStates(tuple(h_all), tuple(c_all) if self.lstm else None)
-        return output, torch.cat(h_ends), torch.cat(c_ends), states
+        h_n, c_n = (ends[0] if len(ends) == 1 else torch.cat(ends) for ends in (h_ends, c_ends))
+        return output, h_n, c_n, states
 
     def layer_weights(self, slots: slice) -> list[Tensor]:
         """Of both directions, in the order of _flat_weights."""
@@ -494,12 +495,11 @@ class _Call:
         if not module.layer_norm:
             return None
         suffixes = _slot_suffixes(module, layer)
-        return LayerNorm(
-            *(
-                torch.stack([getattr(module, name + suffix) for suffix in suffixes])
-                for name in _norm_names(module)
-            )
-        )
+        gains = []
+        for name in _norm_names(module):
+            rows = [getattr(module, name + suffix) for suffix in suffixes]
+            gains.append(rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows))
+        return LayerNorm(*gains)
 
     def drop_input(self, x: Tensor, call: _Padded) -> Tensor:
         module = self.module

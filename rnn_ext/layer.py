@@ -46,6 +46,7 @@ class _Call(NamedTuple):
     hidden_mask: Tensor | None
     zoneout_h: Tensor | None
     zoneout_c: Tensor | None
+    norm_ih: Tensor | None
     norm_hh: Tensor | None
     norm_c: Tensor | None
     norm_c_bias: Tensor | None
@@ -56,7 +57,6 @@ class _Call(NamedTuple):
     detach_steps: int = 0
     checkpoint_steps: int = 0
     norm_eps: float = 0.0
-    projected_input: bool = False
     reset_before: bool = False
 
     @property
@@ -73,7 +73,7 @@ class _Call(NamedTuple):
 
 
 _DIFFERENTIABLE = (
-    "input", "h_0", "c_0", "reset_h", "reset_c", "norm_hh", "norm_c", "norm_c_bias",
+    "input", "h_0", "c_0", "reset_h", "reset_c", "norm_ih", "norm_hh", "norm_c", "norm_c_bias",
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def _by_argument(gradients: Sequence[Tensor | None]) -> list:
 
 
 _GATES = {LSTM: 4, GRU: 3}  # else 1
-_TENSORS = 14  # of _Call: those before the options
+_TENSORS = 15  # of _Call: those before the options
 
 
 def layer(
@@ -149,11 +149,9 @@ def layer(
     """
     call = _Call(
         input, list(params), lengths, resets, h_0, c_0, reset_h, reset_c, hidden_mask,
-        zoneout_h, zoneout_c, None, None, None, cell, bias, bidirectional, batch_first,
-        detach_steps, checkpoint_steps, reset_before=not reset_after,
+        zoneout_h, zoneout_c, *(norm or LayerNorm(None, None))[:4], cell, bias, bidirectional,
+        batch_first, detach_steps, checkpoint_steps, norm.eps if norm else 0.0, not reset_after,
     )  # fmt: skip
-    if norm is not None:
-        call = _normalized(call, norm)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         cast = [_cast(t, dtype) for t in call[:1] + call[4:_TENSORS]]
@@ -219,27 +217,6 @@ def _step_by_step(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return output, h_n, c_n, cells
 
 
-def _normalized(call: _Call, norm: LayerNorm) -> _Call:
-    """The call with W_ih x_t projected and normalized here; what is left is the recurrent side."""
-    count = len(call.params) // call.directions
-    gates, params = [], []
-    for d in range(call.directions):
-        w_ih, w_hh, *rest = call.params[d * count : (d + 1) * count]
-        b_ih = rest.pop(0) if call.has_biases else None
-        projected = F.linear(call.input, w_ih)
-        gates.append(F.layer_norm(projected, w_ih.shape[:1], norm.ih[d], b_ih, norm.eps))
-        params += [w_hh, *rest]
-    return call._replace(
-        input=gates[0] if len(gates) == 1 else torch.cat(gates, -1),
-        params=params,
-        norm_hh=norm.hh,
-        norm_c=norm.c,
-        norm_c_bias=norm.c_bias,
-        norm_eps=norm.eps,
-        projected_input=True,
-    )
-
-
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
@@ -249,7 +226,7 @@ def _fake(*args):
     call, return_cells, save_reserve = _Call(*args[:-2]), args[-2], args[-1]
     input = call.input
     steps, batch = (input.shape[1], input.shape[0]) if call.batch_first else input.shape[:2]
-    w_hh = call.params[0 if call.projected_input else 1]
+    w_hh = call.params[1]
     gates, state = _GATES.get(call.cell, 1), w_hh.shape[1]
     hidden = w_hh.shape[0] // gates
     directions, lstm = call.directions, call.cell == LSTM
@@ -260,7 +237,7 @@ def _fake(*args):
     size = 0
     norm = call.norm_hh is not None
     saved = SAVED.get(call.cell, int(call.zoneout_h is not None or norm))
-    saved += gates + 1 if norm else 0
+    saved += 2 * gates + 1 if norm else 0
     if save_reserve and call.checkpoint_steps > 0 and saved:
         segments = (steps + call.checkpoint_steps - 1) // call.checkpoint_steps
         size = segments * directions * batch * (state + (hidden if lstm else 0))
@@ -395,7 +372,7 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     x = call.input.transpose(0, 1) if call.batch_first else call.input
     steps, batch, _ = x.shape
     lstm, directions = call.cell == LSTM, call.directions
-    w_hh = call.params[0 if call.projected_input else 1]
+    w_hh = call.params[1]
     state, hidden = w_hh.shape[1], w_hh.shape[0] // _GATES.get(call.cell, 1)
     per_direction = len(call.params) // directions
 
@@ -410,9 +387,9 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     for d in range(directions):
         params = call.params[d * per_direction : (d + 1) * per_direction]
         b_ih = b_hh = None
-        w_ih, w_hh, *rest = (None, *params) if call.projected_input else params
+        w_ih, w_hh, *rest = params
         if call.has_biases:
-            b_ih, b_hh, *rest = (None, *rest) if call.projected_input else rest
+            b_ih, b_hh, *rest = rest
         w_hr = rest[0] if rest else None
         zero_h, zero_c = x.new_zeros(batch, state), x.new_zeros(batch, hidden)
         h = zero_h if call.h_0 is None else call.h_0[d]
@@ -439,14 +416,15 @@ def composite(call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
                 anew = anew[:, None] & active
                 h, c = torch.where(anew, reset_h, h), torch.where(anew, reset_c, c)
             read = h if call.hidden_mask is None else h * call.hidden_mask[d]
-            if call.projected_input:
-                gx = x[t, :, d * w_hh.shape[0] : (d + 1) * w_hh.shape[0]]
+            if call.norm_ih is None:
+                gx, gh = F.linear(x[t], w_ih, b_ih), F.linear(read, w_hh, b_hh)
             else:
-                gx = F.linear(x[t], w_ih, b_ih)
-            gh = F.linear(read, w_hh, b_hh)
-            if call.norm_hh is not None:
-                gh = F.layer_norm(
-                    F.linear(read, w_hh), w_hh.shape[:1], call.norm_hh[d], b_hh, call.norm_eps
+                gx, gh = (
+                    F.layer_norm(F.linear(v, w), w.shape[:1], gain[d], b, call.norm_eps)
+                    for v, w, gain, b in (
+                        (x[t], w_ih, call.norm_ih, b_ih),
+                        (read, w_hh, call.norm_hh, b_hh),
+                    )
                 )
             new_c = c
             if lstm:

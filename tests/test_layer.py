@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rnn_ext import functional as F
-from rnn_ext.layer import LayerNorm, _Call, _normalized, _step_by_step, composite, layer
+from rnn_ext.layer import LayerNorm, _Call, _step_by_step, composite, layer
 
 CELLS = {
     "rnn_tanh": (F.RNN_TANH, 1),
@@ -91,9 +91,11 @@ def draw_call(seed, cell, **forced):
 def as_call(input, params, call):
     values = {**_Call._field_defaults, **call, "has_biases": call["bias"]}
     values["reset_before"] = not call.get("reset_after", True)
+    if "norm" in call:
+        names = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias", "norm_eps")
+        values.update(zip(names, call["norm"], strict=True))
     fields = {name: values.get(name) for name in _Call._fields}
-    made = _Call(**{**fields, "input": input, "params": params})
-    return _normalized(made, call["norm"]) if "norm" in call else made
+    return _Call(**{**fields, "input": input, "params": params})
 
 
 def leaves_of(input, params, call):
@@ -243,6 +245,17 @@ def test_the_operator_and_the_eager_call_have_the_same_gradients(cell):
         for a, b in zip(*grads, strict=True):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a, b)
+
+
+def test_a_normalized_layer_has_both_gains():
+    input, params = torch.randn(2, 3, 4), [torch.randn(20, 4), torch.randn(20, 5)]
+    for missing in ("norm_ih", "norm_hh"):
+        call = as_call(input, params, dict(cell=F.LSTM, bias=False, norm=LayerNorm(
+            torch.ones(1, 20), torch.ones(1, 20), torch.ones(1, 5), torch.zeros(1, 5)
+        )))  # fmt: skip
+        call = call._replace(bidirectional=False, batch_first=False, **{missing: None})
+        with pytest.raises(RuntimeError, match="needs norm_ih and norm_hh"):
+            torch.ops.rnn_ext.recurrent_layer(*call, False, False)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -49,15 +49,20 @@ struct LstmCell {
   template <class M, class V>
   RNN_EXT_CELL_FN static void backward(const M& m, const V* saved, UnitBackward<V>& u, V* dx,
                                        V* /*dh*/) {
-    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3], c_prev = saved[4];
-    const V tanh_c = m.tanh(next_c(saved));
-    const V dc = u.dc + u.dh * o * m.tanh_grad(tanh_c);
+    const V o = saved[3], tanh_c = m.tanh(next_c(saved));
+    dx[3] = u.dh * tanh_c * m.sigmoid_grad(o);
+    u.dc = backward_state(m, saved, u.dc + u.dh * o * m.tanh_grad(tanh_c), dx);
+    u.dh_prev = m.zero();
+  }
+
+  // The part of it that begins with dc, all but da_o; returns dc_{t-1}.
+  template <class M, class V>
+  RNN_EXT_CELL_FN static V backward_state(const M& m, const V* saved, V dc, V* dx) {
+    const V i = saved[0], f = saved[1], g = saved[2], c_prev = saved[4];
     dx[0] = dc * g * m.sigmoid_grad(i);
     dx[1] = dc * c_prev * m.sigmoid_grad(f);
     dx[2] = dc * i * m.tanh_grad(g);
-    dx[3] = u.dh * tanh_c * m.sigmoid_grad(o);
-    u.dc = dc * f;
-    u.dh_prev = m.zero();
+    return dc * f;
   }
 };
 

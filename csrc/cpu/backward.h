@@ -46,20 +46,24 @@ struct BackwardPass {
     Element* dgh_operand[2];
     T* carry;  // (B, padded(R)): dL/dh on its way to the next position, without the product
     T* dc;     // (B, padded(H))
-    T* dh;     // (chunk rows, padded(R)): dL/dh, where its row has to be complete before the cell
+    T* dh;     // (chunk rows, padded(R)), of normalized layers (B, padded(R)): dL/dh, where its row
+               // has to be complete before the cell
     Element* dh_operand;
     T* output;  // (chunk rows, padded(H)): h before the projection
     WeightGradient ih, hh, hr;
-    // Only with layer normalization, of a chunk's rows: gradients by what it yields, and those
-    // times what it starts from, normalized.
-    T *dnormal, *dnormal_hh;  // (chunk rows, G*H)
-    T *dc_out, *dc_gain;      // (chunk rows, H), by the normalized c
+    // Only with layer normalization.
+    T* dnormal;  // (B, 2, G*H): gradients by what it yields, of the input and the recurrent side
+    T* dc_row;   // (B, 3, padded(H)): by c and by o's gate, from the output; normalized c
+    // Gradients of its parameters, summed over a chunk's steps and a group's rows.
+    struct Sums {
+      T *ih, *hh, *b_ih, *b_hh;  // (groups, G*H)
+      T *c, *c_bias;             // (groups, H)
+    } sums;
     // Only with the reset gate before the product.
     Element* w_second;         // panels of W_hn, (H, H)
     Element* dn;               // (B, padded(H)), as operands
     T* reset_h;                // (chunk rows, padded(H)): r * h_{t-1}
     WeightGradient candidate;  // of W_hn; hh is that of W_hr and W_hz
-    T* dc_row;  // (B, 3, padded(H)): by c and by o's gate, from the output; normalized c
   };
 
   const BackwardCall<T>& call;
@@ -81,7 +85,7 @@ struct BackwardPass {
         plan(p),
         gate_rows(kGates * c.shape.hidden_size),
         project(c.shape.proj_size > 0),
-        norm(c.features.norm_hh[0]),
+        norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
         splits((Cell::kSplitsGradient && !two_stages) || norm),
         state_columns{c.shape.state_size()},
@@ -118,15 +122,16 @@ struct BackwardPass {
       }
       w.carry = take(shape.batch * padded(shape.state_size()));
       w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
-      w.dh = take(rows * padded(shape.state_size()), project || norm);
+      w.dh = take((norm ? shape.batch : rows) * padded(shape.state_size()), project || norm);
       w.w_second = take_elements(state_columns.size(elements<P>(H)), two_stages);
       w.dn = take_elements(shape.batch * elements<P>(padded(H)), two_stages);
       w.reset_h = take(rows * padded(H), two_stages && g.w_hh);
-      w.dnormal = take(rows * gate_rows, norm);
-      w.dnormal_hh = take(rows * gate_rows, norm);
-      w.dc_out = take(rows * H, norm && Cell::kHasCellState);
-      w.dc_gain = take(rows * H, norm && Cell::kHasCellState);
+      w.dnormal = take(shape.batch * 2 * gate_rows, norm);
       w.dc_row = take(shape.batch * 3 * padded(H), norm && Cell::kHasCellState);
+      const int64_t groups = row_groups(shape, plan);
+      for (T** p : {&w.sums.ih, &w.sums.hh, &w.sums.b_ih, &w.sums.b_hh})
+        *p = take(groups * gate_rows, norm);
+      for (T** p : {&w.sums.c, &w.sums.c_bias}) *p = take(groups * H, norm && Cell::kHasCellState);
       w.dh_operand = take_operand(w.dh, rows * projection_stride(), project);
       w.output = take(rows * padded(H), project && g.w_hr);
     }
@@ -153,8 +158,7 @@ struct BackwardPass {
       set_up(w.hr, g.w_hr, shape.proj_size, hidden_columns);
     }
     arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
-    if (call.dx.data && !features.projected_input)
-      w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
+    if (call.dx.data) w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
     workspace_bytes = arena.bytes();
   }
 
@@ -228,6 +232,10 @@ struct BackwardPass {
       if (w.dc)
         load_state(w.dc, shape, H, [&](int64_t b) { return state_row(call.dc_n[d], shape, b, H); });
       const DirectionGradients<T>& g = call.gradients[d];
+      for (T* sums : {w.sums.ih, w.sums.hh, w.sums.b_ih, w.sums.b_hh})
+        if (norm) zero_row(sums, row_groups(shape, plan) * gate_rows);
+      for (T* sums : {w.sums.c, w.sums.c_bias})
+        if (norm && Cell::kHasCellState) zero_row(sums, row_groups(shape, plan) * H);
       if (g.reset_h) zero_row(g.reset_h, shape.batch * R);
       if (g.reset_c) zero_row(g.reset_c, shape.batch * H);
     });
@@ -325,7 +333,12 @@ struct BackwardPass {
     for_tiles(team, part, state_columns.panels(),
               [&](int d, int64_t panel, int64_t begin) { state_tile(d, panel, s, begin); });
     if (s == shape.steps) return;
-    if (norm) return for_part_rows(team, part, s, [&](int d, int64_t b) { norm_row(d, s, b); });
+    if (norm)
+      return for_row_groups(team, part, plan,
+                            [&](int d, int64_t group, int64_t begin, int64_t end) {
+                              for (int64_t b = begin; b < end && b < active_at(d, s); ++b)
+                                norm_row(d, s, b, group);
+                            });
     if constexpr (kGates == 3) {
       if (two_stages)
         for_tiles(team, part, state_columns.panels(),
@@ -342,17 +355,6 @@ struct BackwardPass {
     team.for_each(part.jobs(panels), [&](int64_t i) {
       job(part.first_direction + int(i / (panels * part.blocks)), i / part.blocks % panels,
           (part.first_block + i % part.blocks) * plan.row_block);
-    });
-  }
-
-  // Calls job(direction, batch row) for the part's rows of position s.
-  template <class Job>
-  void for_part_rows(Member& team, const Part& part, int64_t s, Job&& job) const {
-    const int64_t rows = part.blocks * plan.row_block;
-    team.for_each(part.directions * rows, [&](int64_t i) {
-      const int d = part.first_direction + int(i / rows);
-      const int64_t b = part.first_block * plan.row_block + i % rows;
-      if (b < active_at(d, s)) job(d, b);
     });
   }
 
@@ -413,7 +415,7 @@ struct BackwardPass {
     }
     if (project || norm) {
       for (int64_t r = 0; r < now; ++r) {
-        const int64_t row = chunk_row(d, s) + begin + r;
+        const int64_t row = (norm ? 0 : chunk_row(d, s)) + begin + r;
         copy_row(w.dh + row * stride + first, tile + r * width, width);
         if (!kValuesAreOperands && project) {
           for (int64_t i = 0; i < width; i += kLanes<T>)
@@ -426,8 +428,8 @@ struct BackwardPass {
       for (int64_t r = 0; r < now; ++r)
         for (int v = 0; v < vectors; ++v)
           store(carry + r * stride + v * kLanes<T>,
-                unit_backward(d, s, t, begin + r, first + v * kLanes<T>,
-                              load(tile + r * width + v * kLanes<T>)));
+                unit_backward<false>(d, s, t, begin + r, first + v * kLanes<T>,
+                                     load(tile + r * width + v * kLanes<T>)));
     }
   }
 
@@ -468,12 +470,13 @@ struct BackwardPass {
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < now; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward(d, s, t, begin + r, first + v * kLanes<T>,
-                      load(tile + r * width + v * kLanes<T>));
+        unit_backward<false>(d, s, t, begin + r, first + v * kLanes<T>,
+                             load(tile + r * width + v * kLanes<T>));
   }
 
   // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
-  // pass through W_hh.
+  // pass through W_hh. kNorm: for norm_row.
+  template <bool kNorm>
   RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t unit,
                                       Vec<T> dh) const {
     if constexpr (kGates == 3) {
@@ -520,17 +523,14 @@ struct BackwardPass {
         u.dc -= dc_past;
       }
     }
-    Vec<T> do_gate = {};
-    if constexpr (Cell::kHasCellState) {
-      if (norm) {  // what goes through the output is known already
-        const T* known = w.dc_row + b * 3 * hidden + unit;
-        u.dc += load(known);
-        do_gate = load(known + hidden);
-        u.dh = Vec<T>{};
-      }
+    if constexpr (kNorm && Cell::kHasCellState) {  // what goes through the output is known already
+      const T* known = w.dc_row + b * 3 * hidden + unit;
+      u.dc = Cell::backward_state(math, saved, u.dc + load(known), dx);
+      u.dh_prev = Vec<T>{};
+      dx[kGates - 1] = load(known + hidden);  // the gates end with o
+    } else {
+      Cell::backward(math, saved, u, dx, dg);
     }
-    Cell::backward(math, saved, u, dx, dg);
-    if (Cell::kHasCellState && norm) dx[kGates - 1] = do_gate;  // the gates end with o
     u.dh_prev += dh_past;
     if constexpr (Cell::kHasCellState) {
       u.dc += dc_past;
@@ -549,13 +549,16 @@ struct BackwardPass {
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g) {
       const int64_t column = g * H + unit;
+      if constexpr (kNorm) {
+        T* const by_side = w.dnormal + b * 2 * gate_rows + column;
+        store_upto(by_side, dx[g], rest);
+        if (Cell::kSplitsGradient) store_upto(by_side + gate_rows, dg[g], rest);
+        continue;
+      }
       store_upto(w.dgx[slot(s)] + row * gate_rows + column, dx[g], rest);
       if constexpr (!kValuesAreOperands)
         P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, dx[g], rest);
-      if (norm) {
-        store_upto(w.dnormal + row * gate_rows + column, Cell::kSplitsGradient ? dg[g] : dx[g],
-                   rest);
-      } else if constexpr (Cell::kSplitsGradient) {
+      if constexpr (Cell::kSplitsGradient) {
         store_upto(w.dgh[slot(s)] + row * gate_rows + column, dg[g], rest);
         if constexpr (!kValuesAreOperands)
           P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dg[g], rest);
@@ -564,13 +567,25 @@ struct BackwardPass {
     return u.dh_prev;
   }
 
-  // All that follows from the gate gradients of a chunk.
-  void products(Member& team, int64_t s, int64_t end) const {
-    pack_chunk(team, s, end);
-    weight_gradients(team, s, end);
-    if (call.dx.data)
-      for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
-  }
+  // In weight_gradients.h: all that follows from the gate gradients of a chunk.
+  void products(Member& team, int64_t s, int64_t end) const;
+  void pack_chunk(Member& team, int64_t s, int64_t end) const;
+  static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, Element* blocks,
+                        int64_t m);
+  void sum_rows(const T* from, int64_t n, int64_t rows, int64_t block, bool first_chunk, T* bias,
+                T* also) const;
+  void take_sums(T* from, int64_t n, int64_t groups, int64_t block, bool first_chunk, T* to,
+                 T* also) const;
+  template <class Source>
+  void pack_right(const StepRange& range, int64_t panel, const WeightGradient& gradient,
+                  Source&& source, const T* mask = nullptr) const;
+  void weight_gradients(Member& team, int64_t s, int64_t end) const;
+  static void weight_tile(const WeightGradient& g, int64_t panel, int64_t block, int64_t rows,
+                          bool first_chunk);
+  void input_gradient(Member& team, int d, int64_t s, int64_t end) const;
+  void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
+                  int64_t begin, int64_t s) const;
+  bool other_was_here(int d, int64_t t, int64_t chunk) const;
 
   // In reset_before.h.
   Vec<T> second_stage(int d, int64_t s, int64_t t, int64_t b, int64_t unit, Vec<T> dh) const;
@@ -583,236 +598,10 @@ struct BackwardPass {
   }
 
   // In layer_norm.h.
-  void norm_row(int d, int64_t s, int64_t b) const;
-  void norm_output(int d, int64_t t, int64_t b, int64_t row, const T* dh) const;
-
-  // Left operands in blocks (with the bias sums, which read the same values), right ones in panels.
-  void pack_chunk(Member& team, int64_t s, int64_t end) const {
-    const int64_t gate_blocks = blocks_of(gate_rows, kMaxRowBlock);
-    const int64_t projection_blocks = blocks_of(shape.proj_size, kMaxRowBlock);
-    const int64_t hidden_blocks = blocks_of(shape.hidden_size, kMaxRowBlock);
-    const int64_t counts[] = {gate_blocks,
-                              gate_blocks,
-                              projection_blocks,
-                              input_columns.panels(),
-                              state_columns.panels(),
-                              hidden_columns.panels(),
-                              norm ? gate_blocks : 0,
-                              norm && Cell::kHasCellState ? hidden_blocks : 0};
-    int64_t jobs = 0;
-    for (int64_t count : counts) jobs += count;
-    team.for_each(shape.directions * jobs, [&](int64_t job) {
-      const int d = int(job / jobs);
-      const Direction& w = directions[d];
-      const DirectionGradients<T>& g = call.gradients[d];
-      const StepRange range = range_at(shape, reversed(d), s, end);
-      int64_t i = job % jobs;
-      int kind = 0;
-      while (i >= counts[kind]) i -= counts[kind++];
-      switch (kind) {
-        case 0: {
-          const bool both = !splits;
-          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i,
-                    both && !two_stages && !w.ih.left ? w.hh.left : w.ih.left, gate_rows);
-          if (two_stages) {
-            const int64_t H = shape.hidden_size;
-            pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.hh.left, 2 * H);
-            pack_left(w.dgx[slot(s)] + 2 * H, gate_rows, range.rows, i, w.candidate.left, H);
-          }
-          return sum_rows(w.dgx[slot(s)], gate_rows, range.rows, i, s == 0, g.b_ih,
-                          both ? g.b_hh : nullptr);
-        }
-        case 1:
-          if (!splits) return;
-          pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, gate_rows);
-          return sum_rows(norm ? w.dnormal : w.dgh[slot(s)], gate_rows, range.rows, i, s == 0,
-                          g.b_hh, nullptr);
-        case 2:
-          return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left,
-                           shape.proj_size);
-        case 3:
-          return pack_right(range, i, w.ih,
-                            [&](int64_t, int64_t t, int64_t b) { return call.x.at(shape, t, b); });
-        case 4:
-          if (two_stages)
-            pack_right(
-                range, i, w.candidate,
-                [&](int64_t row, int64_t, int64_t) {
-                  return static_cast<const T*>(w.reset_h) + row * padded(shape.hidden_size);
-                },
-                features.hidden_mask[d]);
-          return pack_right(
-              range, i, w.hh, [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); },
-              features.hidden_mask[d]);
-        case 5:
-          return pack_right(range, i, w.hr, [&](int64_t row, int64_t, int64_t) {
-            return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);
-          });
-        case 6:
-          return sum_rows(w.dnormal_hh, gate_rows, range.rows, i, s == 0, g.norm_hh, nullptr);
-        case 7:
-          sum_rows(w.dc_out, shape.hidden_size, range.rows, i, s == 0, g.norm_c_bias, nullptr);
-          return sum_rows(w.dc_gain, shape.hidden_size, range.rows, i, s == 0, g.norm_c, nullptr);
-      }
-    });
-  }
-
-  static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, Element* blocks,
-                        int64_t m) {
-    if (!blocks || block * kMaxRowBlock >= m) return;
-    constexpr int kVectors = int(kMaxRowBlock) / kLanes<T>;
-    const int64_t first = block * kMaxRowBlock;
-    Element* out = blocks + first * elements<P>(rows);
-    for (int64_t r = 0; r < rows; ++r)
-      pack_row<P>(from + r * ld + first, m - first, kVectors, r, out);
-  }
-
-  // A block of columns of the (rows, n) sources, summed over the rows.
-  void sum_rows(const T* from, int64_t n, int64_t rows, int64_t block, bool first_chunk, T* bias,
-                T* also) const {
-    if (!bias && !also) return;
-    const int64_t first = block * kMaxRowBlock;
-    const int64_t last = first + kMaxRowBlock < n ? first + kMaxRowBlock : n;
-    for (int64_t column = first; column < last; column += kLanes<T>) {
-      const int64_t rest = last - column;
-      Vec<T> sum = {};
-      for (int64_t r = 0; r < rows;) {  // in two levels: the error grows with the square root
-        const int64_t end = r + kSumRows < rows ? r + kSumRows : rows;
-        Vec<T> part = {};
-        for (; r < end; ++r) part += load_upto(from + r * n + column, rest);
-        sum += part;
-      }
-      for (T* to : {bias, also})
-        if (to)
-          store_upto(to + column, first_chunk ? sum : load_upto(to + column, rest) + sum, rest);
-    }
-  }
-
-  // `mask` (B, count of columns): factors of the source's rows, null means ones.
-  template <class Source>
-  void pack_right(const StepRange& range, int64_t panel, const WeightGradient& gradient,
-                  Source&& source, const T* mask = nullptr) const {
-    if (!gradient.right) return;
-    const int vectors = gradient.n.vectors(panel);
-    const int64_t first = gradient.n.first(panel);
-    Element* to = gradient.right + gradient.n.offset(panel, elements<P>(range.rows));
-    for_rows(shape, range, 0, range.rows, [&](int64_t row, int64_t t, int64_t b) {
-      const T* const from = source(row, t, b);
-      const T* values = from ? from + first : nullptr;
-      const int64_t count = gradient.n.count - first;
-      alignas(64) T masked[Columns<T>::kWidth];
-      if (values && mask) {
-        const T* factor = state_row(mask, shape, b, gradient.n.count) + first;
-        for (int64_t i = 0; i < Columns<T>::kWidth && i < count; i += kLanes<T>)
-          store(masked + i, load_upto(values + i, count - i) * load_upto(factor + i, count - i));
-        values = masked;
-      }
-      pack_row<P>(values, count, vectors, row, to);
-    });
-  }
-
-  void weight_gradients(Member& team, int64_t s, int64_t end) const {
-    struct Part {
-      const WeightGradient* gradient;
-      int64_t rows, jobs;
-    } parts[4 * kMaxDirections];
-    int n = 0;
-    int64_t jobs = 0;
-    for (int d = 0; d < shape.directions; ++d) {
-      const int64_t rows = range_at(shape, reversed(d), s, end).rows;
-      for (const WeightGradient* g :
-           {&directions[d].ih, &directions[d].hh, &directions[d].hr, &directions[d].candidate}) {
-        if (!g->out) continue;
-        parts[n] = {g, rows, g->n.panels() * blocks_of(g->m, kMaxRowBlock)};
-        jobs += parts[n++].jobs;
-      }
-    }
-    team.for_each(jobs, [&](int64_t i) {
-      const Part* part = parts;
-      while (i >= part->jobs) i -= (part++)->jobs;
-      const int64_t blocks = blocks_of(part->gradient->m, kMaxRowBlock);
-      weight_tile(*part->gradient, i / blocks, i % blocks, part->rows, s == 0);
-    });
-  }
-
-  static void weight_tile(const WeightGradient& g, int64_t panel, int64_t block, int64_t rows,
-                          bool first_chunk) {
-    const int64_t m = block * kMaxRowBlock, count = g.m - m < kMaxRowBlock ? g.m - m : kMaxRowBlock;
-    const int64_t first = g.n.first(panel);
-    const int vectors = g.n.vectors(panel);
-    const int64_t width = vectors * kLanes<T>;
-    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    const int64_t depth = elements<P>(rows);
-    multiply_panel<P>(vectors, count, depth, {g.left + m * depth, 1, kMaxRowBlock},
-                      g.right + g.n.offset(panel, depth), nullptr, 0, tile, width);
-    for (int64_t r = 0; r < count; ++r) {
-      T* out = g.out + (m + r) * g.n.count + first;
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t rest = g.n.count - first - v * kLanes<T>;
-        Vec<T> sum = load(tile + r * width + v * kLanes<T>);
-        if (!first_chunk) sum += load_upto(out + v * kLanes<T>, rest);
-        store_upto(out + v * kLanes<T>, sum, rest);
-      }
-    }
-  }
-
-  // dx = dgx W_ih. Of two directions the one that reaches a step first writes, the other adds: a
-  // sum of two terms is the same either way. Their chunks run in separate phases. A job packs the
-  // panel it needs into its member's own space: a copy of all of W_ih would count in peak memory.
-  void input_gradient(Member& team, int d, int64_t s, int64_t end) const {
-    const StepRange range = range_at(shape, reversed(d), s, end);
-    if (features.projected_input) {
-      team.for_each(blocks_of(range.rows, kMaxRowBlock), [&](int64_t i) {
-        const int64_t begin = i * kMaxRowBlock, rest = range.rows - begin;
-        for_rows(shape, range, begin, begin + (rest < kMaxRowBlock ? rest : kMaxRowBlock),
-                 [&](int64_t row, int64_t t, int64_t b) {
-                   copy_row(call.dx.at(shape, t, b) + d * gate_rows,
-                            directions[d].dgx[slot(s)] + row * gate_rows, gate_rows);
-                 });
-      });
-      return;
-    }
-    const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kMaxRowBlock);
-    const int64_t most =
-        blocks_of(team.members(), panels);  // fewer panels than members: share them
-    const int64_t shares = most < blocks ? most : blocks;
-    Element* panel_of_member = w_ih + team.id() * gate_depth() * Columns<T>::kWidth;
-    team.for_each(panels * shares, [&](int64_t i) {
-      const int64_t panel = i / shares, share = i % shares;
-      const DirectionWeights<T>& from = call.weights[d];
-      pack_panel(from.w_ih, from.ld_ih, gate_rows, input_columns, panel, panel_of_member);
-      for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
-        input_tile(d, panel, panel_of_member, range, block * kMaxRowBlock, s);
-    });
-  }
-
-  void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
-                  int64_t begin, int64_t s) const {
-    const int64_t rows = range.rows - begin < kMaxRowBlock ? range.rows - begin : kMaxRowBlock;
-    const int64_t first = input_columns.first(panel), chunk = s / plan.chunk_steps;
-    const int vectors = input_columns.vectors(panel);
-    const int64_t width = vectors * kLanes<T>;
-    alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    const Element* dg = directions[d].dgx_operand[slot(s)] + begin * gate_depth();
-    multiply_panel<P>(vectors, rows, gate_depth(), {dg, gate_depth()}, packed, nullptr, 0, tile,
-                      width);
-    for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
-      const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
-      T* dx = call.dx.at(shape, t, b) + first;
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t rest = shape.input_size - first - v * kLanes<T>;
-        Vec<T> sum = load(tile + (row - begin) * width + v * kLanes<T>);
-        if (add) sum += load_upto(dx + v * kLanes<T>, rest);
-        store_upto(dx + v * kLanes<T>, sum, rest);
-      }
-    });
-  }
-
-  bool other_was_here(int d, int64_t t, int64_t chunk) const {
-    const int64_t position = d == 0 ? t : shape.steps - 1 - t;  // of the other direction
-    const int64_t other = position / plan.chunk_steps;
-    return d == 0 ? other < chunk : other <= chunk;
-  }
+  struct NormSide;
+  void norm_row(int d, int64_t s, int64_t b, int64_t group) const;
+  void normalize_backward(const NormSide& side) const;
+  void norm_output(int d, int64_t t, int64_t b, int64_t group, const T* dh, const T* kept) const;
 
   void finish(int d) const {
     const Direction& w = directions[d];

@@ -120,6 +120,25 @@ struct Part {
   int64_t jobs(int64_t panels) const { return directions * panels * blocks; }
 };
 
+// Calls job(direction, group, first row, end of rows) for the part's rows, in groups that lie
+// within a block each and count through all of a direction's.
+inline constexpr int64_t kRowGroup = 4;
+inline int64_t row_groups(const SequenceShape& shape, const Plan& plan) {
+  return blocks_of(shape.batch, plan.row_block) * blocks_of(plan.row_block, kRowGroup);
+}
+template <class Job>
+void for_row_groups(Member& team, const Part& part, const Plan& plan, Job&& job) {
+  const int64_t of_block = blocks_of(plan.row_block, kRowGroup), groups = part.blocks * of_block;
+  team.for_each(part.directions * groups, [&](int64_t i) {
+    const int64_t group = part.first_block * of_block + i % groups;
+    const int64_t block = group / of_block * plan.row_block;
+    const int64_t begin = block + group % of_block * kRowGroup,
+                  rest = block + plan.row_block - begin;
+    job(part.first_direction + int(i / groups), group, begin,
+        begin + (rest < kRowGroup ? rest : kRowGroup));
+  });
+}
+
 // Takes a chunk through step(member, part, position) for its positions: shared out by the plan, or
 // every step by the whole team.
 template <class Step>
@@ -148,12 +167,6 @@ inline void copy_row(T* to, const T* from, int64_t n) {
 template <class T>
 inline void zero_row(T* to, int64_t n) {
   std::memset(to, 0, size_t(n) * sizeof(T));
-}
-
-// 1 / standard deviation of n values, from the sum of their squared distances to the mean.
-template <class T>
-RNN_EXT_INLINE T inverse_deviation(T squares, int64_t n, double eps) {
-  return T(1 / __builtin_sqrt(double(squares) / double(n) + eps));
 }
 
 // Fills a (B, padded(width)) state of the rows in the order they are counted. source(b): the b-th

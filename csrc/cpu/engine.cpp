@@ -55,15 +55,16 @@ void run_team(int members, bool stands_in, double work, Runner runner, const Bod
 }
 
 template <class T>
-PlanInput plan_input(const SequenceShape& shape, bool backward, int max_threads,
-                     bool bf16_products) {
+PlanInput plan_input(const SequenceShape& shape, bool backward, int max_threads, bool bf16_products,
+                     bool two_parts = false) {
   const Kernels& kernels = current_kernels();
   return {shape,
           int(sizeof(T)),
           kernels.vector_bytes,
           backward,
           sizeof(T) == sizeof(float) && bf16_products && kernels.bf16_products,
-          max_threads};
+          max_threads,
+          two_parts};
 }
 
 // A few rows are not worth packing, and without packing operands stay as they are.
@@ -90,8 +91,9 @@ double work_of(const Plan& plan, int64_t steps) { return plan.step_seconds * dou
 }  // namespace
 
 template <class T>
-Plan plan_call(const SequenceShape& shape, bool backward, int max_threads, bool bf16_products) {
-  return make_plan(plan_input<T>(shape, backward, max_threads, bf16_products));
+Plan plan_call(const SequenceShape& shape, bool backward, int max_threads, bool bf16_products,
+               bool two_parts) {
+  return make_plan(plan_input<T>(shape, backward, max_threads, bf16_products, two_parts));
 }
 
 template <class T>
@@ -169,7 +171,7 @@ void run(const WindowCall<T>& call, const WindowPlan& plan, void* workspace, Run
 }
 
 #define RNN_EXT_INSTANTIATE(T)                                                                \
-  template Plan plan_call<T>(const SequenceShape&, bool, int, bool);                          \
+  template Plan plan_call<T>(const SequenceShape&, bool, int, bool, bool);                    \
   template size_t workspace_bytes<T>(const ForwardCall<T>&, const Plan&);                     \
   template size_t workspace_bytes<T>(const BackwardCall<T>&, const Plan&);                    \
   template void run<T>(const ForwardCall<T>&, const Plan&, void*, Runner);                    \

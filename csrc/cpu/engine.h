@@ -25,9 +25,10 @@ bool select_isa(const std::string& name);
 
 // T is float or double. A shape needs steps >= 1 and batch >= 1. `workspace` has at least the bytes
 // asked for, 64-byte aligned, uninitialized. With plan.threads == 1 the runner is not used.
+// two_parts: those of the call's features.
 template <class T>
 Plan plan_call(const SequenceShape& shape, bool backward, int max_threads,
-               bool bf16_products = false);
+               bool bf16_products = false, bool two_parts = false);
 
 template <class T>
 size_t workspace_bytes(const ForwardCall<T>& call, const Plan& plan);

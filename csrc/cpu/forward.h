@@ -97,9 +97,11 @@ struct ForwardPass {
     T* c;                   // (B, padded(H))
     Element* unprojected;   // (B, padded(H))
     // Only with layer normalization.
-    T* gh;                // (B, width): products with W_hh
-    T *gain, *norm_bias;  // (width) in panel order: norm_hh, b_hh
-    T* unnormalized;      // (B, 2, padded(H)): the LSTM's o and c
+    T* gh;  // (B, width): products with W_hh
+    struct Norm {
+      T *gain, *bias;  // (width) in panel order
+    } norm_ih, norm_hh;
+    T* unnormalized;  // (B, 2, padded(H)): the LSTM's o and c
     // Only with the reset gate before the product: W_hr and W_hz, then W_hn.
     GateMatrix<P, 2> first;
     GateMatrix<P, 1> second;
@@ -137,17 +139,15 @@ struct ForwardPass {
         plain(!c.features.resets.data && !c.features.zoneout_h.data && !c.features.zoneout_c.data &&
               !c.cells.data),
         separate_operands(!kValuesAreOperands || c.features.hidden_mask[0]),
-        norm(c.features.norm_hh[0]),
+        norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
-    const bool multiply = !features.projected_input;
-    project_in_step = plan.project_in_step && multiply && !norm && !two_stages && !shape.order;
+    project_in_step = plan.project_in_step && !norm && !two_stages && !shape.order;
     gather =
-        multiply &&
-        (!kValuesAreOperands ||
-         (!project_in_step && (!plan.packed_weights || !evenly_spaced(shape, call.x, &x_stride))));
+        !kValuesAreOperands ||
+        (!project_in_step && (!plan.packed_weights || !evenly_spaced(shape, call.x, &x_stride)));
     if (project_in_step) x_stride = call.x.row_stride;
     if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
@@ -159,7 +159,7 @@ struct ForwardPass {
       const DirectionWeights<T>& from = call.weights[d];
       w.input = {columns, shape.input_size, from.w_ih, from.ld_ih, arena.take<T>(width)};
       w.recurrent = {columns, shape.state_size(), from.w_hh, from.ld_hh, arena.take<T>(width)};
-      w.w_ih = plan.packed_weights && (!one_chunk || project_in_step) && multiply
+      w.w_ih = plan.packed_weights && (!one_chunk || project_in_step)
                    ? arena.take<Element>(width * depth_x)
                    : nullptr;
       const bool packed = plan.packed_weights && plan.packed_recurrent;
@@ -176,8 +176,8 @@ struct ForwardPass {
       }
       w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
       w.gh = norm ? arena.take<T>(shape.batch * width) : nullptr;
-      w.gain = norm ? arena.take<T>(width) : nullptr;
-      w.norm_bias = norm ? arena.take<T>(width) : nullptr;
+      for (T** p : {&w.norm_ih.gain, &w.norm_ih.bias, &w.norm_hh.gain, &w.norm_hh.bias})
+        *p = norm ? arena.take<T>(width) : nullptr;
       w.unnormalized = norm && Cell::kHasCellState
                            ? arena.take<T>(shape.batch * 2 * padded(shape.hidden_size))
                            : nullptr;
@@ -186,7 +186,7 @@ struct ForwardPass {
           project ? arena.take<Element>(projection_columns.size(hidden_depth())) : nullptr;
       w.unprojected = project ? arena.take<Element>(shape.batch * hidden_stride()) : nullptr;
     }
-    if (plan.packed_weights && one_chunk && multiply && !project_in_step)
+    if (plan.packed_weights && one_chunk && !project_in_step)
       member_panels = arena.take<Element>(plan.threads * member_panel_size());
     workspace_bytes = arena.bytes();
   }
@@ -226,11 +226,13 @@ struct ForwardPass {
       const Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
       if (i < panels) {
-        w.input.load_row(i, from.b_ih, w.input.bias);
+        w.input.load_row(i, norm ? nullptr : from.b_ih, w.input.bias);
         w.recurrent.load_row(i, norm ? nullptr : from.b_hh, w.recurrent.bias);
         if (norm) {
-          w.recurrent.load_row(i, features.norm_hh[d], w.gain);
-          w.recurrent.load_row(i, from.b_hh, w.norm_bias);
+          w.input.load_row(i, features.norm_ih[d], w.norm_ih.gain);
+          w.input.load_row(i, from.b_ih, w.norm_ih.bias);
+          w.recurrent.load_row(i, features.norm_hh[d], w.norm_hh.gain);
+          w.recurrent.load_row(i, from.b_hh, w.norm_hh.bias);
         }
         if (w.w_ih) w.input.pack(i, w.w_ih + w.input.panel_offset(i));
         if (w.w_hh) w.recurrent.pack(i, w.w_hh + w.recurrent.panel_offset(i));
@@ -285,16 +287,18 @@ struct ForwardPass {
       const int64_t n = blocks_of(range_at(shape, d == 1, s, end).rows, kMaxRowBlock);
       if (n > blocks) blocks = n;
     }
-    if (gather || features.projected_input) {
+    if (gather) {
       team.for_each(shape.directions * blocks, [&](int64_t job) {
         const int d = int(job / blocks);
         const StepRange range = range_at(shape, d == 1, s, end);
         const int64_t begin = job % blocks * kMaxRowBlock;
         for_rows(shape, range, begin, block_end(begin, range),
-                 [&](int64_t row, int64_t t, int64_t b) { take_row(d, row, t, b); });
+                 [&](int64_t row, int64_t t, int64_t b) {
+                   store_row<P>(directions[d].x + row * x_stride, call.x.at(shape, t, b),
+                                shape.input_size);
+                 });
       });
     }
-    if (features.projected_input) return;
     if (project_in_step) {
       if (!one_chunk && !features.again)
         team.for_each(shape.directions * blocks, [&](int64_t job) {
@@ -326,15 +330,6 @@ struct ForwardPass {
       for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
         input_tile(d, panel, packed, range_at(shape, d == 1, s, end), block);
     });
-  }
-
-  // A row of the input as an operand, or what is already projected in panel order.
-  void take_row(int d, int64_t row, int64_t t, int64_t b) const {
-    const Direction& w = directions[d];
-    const T* x = call.x.at(shape, t, b);
-    if (!features.projected_input) return store_row<P>(w.x + row * x_stride, x, shape.input_size);
-    for (int64_t panel = 0; panel < columns.panels(); ++panel)
-      w.input.load_row(panel, x + d * kGates * shape.hidden_size, w.gx + row * columns.width());
   }
 
   void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
@@ -381,17 +376,6 @@ struct ForwardPass {
     });
   }
 
-  // Calls job(direction, t, batch row) for the part's rows of position s.
-  template <class Job>
-  void for_part_rows(Member& team, const Part& part, int64_t s, Job&& job) const {
-    const int64_t rows = part.blocks * plan.row_block;
-    team.for_each(part.directions * rows, [&](int64_t i) {
-      const int d = part.first_direction + int(i / rows);
-      const int64_t t = step_at(shape, d == 1, s), b = part.first_block * plan.row_block + i % rows;
-      if (b < shape.active(t)) job(d, t, b);
-    });
-  }
-
   void step(Member& team, const Part& part, int64_t s, int64_t chunk_begin,
             int64_t chunk_end) const {
     const auto gx_row = [&](int d, int64_t t) {
@@ -415,8 +399,11 @@ struct ForwardPass {
                 gate_tile(d, panel, s, t, begin, rows, gx_row(d, t));
               });
     if (norm)
-      for_part_rows(team, part, s,
-                    [&](int d, int64_t t, int64_t b) { norm_row(d, s, t, b, gx_row(d, t) + b); });
+      for_row_groups(team, part, plan, [&](int d, int64_t, int64_t begin, int64_t end) {
+        const int64_t t = step_at(shape, d == 1, s);
+        for (int64_t b = begin; b < end && b < shape.active(t); ++b)
+          norm_row(d, s, t, b, gx_row(d, t) + b);
+      });
     if (shape.proj_size > 0)
       for_tiles(team, part, s, projection_columns.panels(),
                 [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
@@ -444,7 +431,7 @@ struct ForwardPass {
     else
       gx = w.gx + (gx_row + begin) * columns.width() + columns.column(panel);
     for (int64_t r = 0; r < rows; ++r)
-      cell_row(d, panel, s, t, begin + r, gx + r * gx_stride, tile + r * tile_width);
+      cell_row<false>(d, panel, s, t, begin + r, gx + r * gx_stride, tile + r * tile_width);
   }
 
   T* reserve_row(int d, int64_t t, int64_t b) const {
@@ -453,7 +440,9 @@ struct ForwardPass {
     return call.reserve[d] + row * features.kept(shape.cell) * padded(shape.hidden_size);
   }
 
-  // The cell for one row of a panel. What its gates get from x_t, and from h_{t-1}: gx, gh.
+  // The cell for one row of a panel. What its gates get from x_t, and from h_{t-1}: gx, gh. kNorm:
+  // the LSTM's output is made later, by norm_output.
+  template <bool kNorm>
   RNN_EXT_INLINE void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b, const T* gx,
                                const T* gh) const {
     const Direction& w = directions[d];
@@ -478,7 +467,7 @@ struct ForwardPass {
       Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
       if (Cell::kReadsOutput && reserve) store(reserve + unit, out);
       if constexpr (Cell::kHasCellState) {
-        if (norm) {
+        if constexpr (kNorm) {
           T* kept = w.unnormalized + b * 2 * hidden + unit;
           store(kept, saved[3]);
           store(kept + hidden, first_lanes<T>(c, shape.hidden_size - unit));
@@ -493,14 +482,15 @@ struct ForwardPass {
       }
       if (shape.proj_size > 0)
         P::store(w.unprojected + b * hidden_stride(), unit, out, kLanes<T>);
-      else if (!Cell::kHasCellState || !norm)
+      else if constexpr (!Cell::kHasCellState || !kNorm)
         emit_h(d, s, b, unit, beyond.next_h(out, previous, unit, shape.hidden_size), beyond, y);
     }
   }
 
   // In layer_norm.h.
   void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const;
-  void norm_output(int d, int64_t s, int64_t t, int64_t b) const;
+  T normalize(T* row, const typename Direction::Norm& norm, T* kept) const;
+  void norm_output(int d, int64_t s, int64_t t, int64_t b, T* kept) const;
 
   // In reset_before.h.
   void place_stages(int d, bool packed, Arena& arena);

@@ -6,6 +6,7 @@
 #include "forward.h"
 #include "layer_norm.h"
 #include "reset_before.h"
+#include "weight_gradients.h"
 #include "window_pass.h"
 
 namespace rnn_ext::RNN_EXT_ISA {

@@ -1,5 +1,6 @@
-// Layer normalization inside the cell, both ways: a phase of its own in each step, by rows, since
-// statistics need all of a row's products (Features::norm_hh in sequence.h).
+// Layer normalization inside the cell, both ways: the second part of each step, by rows, since
+// statistics need all of a row's products (Features::norm_ih in sequence.h). A member that has a
+// part of the batch for itself waits for nobody in between (plan.h, shares).
 #pragma once
 
 #include "backward.h"
@@ -7,47 +8,77 @@
 
 namespace rnn_ext::RNN_EXT_ISA {
 
-// Layer normalization of a row's products with W_hh, then the cell.
+// The sum of all lanes of some vectors, in every lane. Several, because one sum after the other
+// would wait for each addition.
+template <class T, int kCount>
+RNN_EXT_INLINE Vec<T> sum_of_all(const Vec<T> (&parts)[kCount]) {
+  Vec<T> sum = parts[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < kCount; ++i) sum += parts[i];
+  return sum_of_lanes<T>(sum);
+}
+
+// 1 / standard deviation of n values, from the sum of their squared distances to the mean.
+template <class T>
+RNN_EXT_INLINE T inverse_deviation(Vec<T> squares, int64_t n, double eps) {
+  return T(1 / __builtin_sqrt(double(squares[0]) / double(n) + eps));
+}
+
+// A row of one side's products (in panel order) becomes gain * x + bias, where x has mean 0 and
+// deviation 1; x goes to `kept` (G, padded(H)), null in inference. Returns 1 / deviation.
+template <class P, class Cell>
+Value<P> ForwardPass<P, Cell>::normalize(T* row, const typename Direction::Norm& to,
+                                         T* kept) const {
+  const int64_t H = shape.hidden_size, hidden = padded(H);
+  // visit(vector of the row, gate, unit): panels of several gates hold one vector of each.
+  const auto for_vectors = [&](auto&& visit) {
+    for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) visit(unit * kGates + g * kLanes<T>, g, unit);
+    }
+  };
+  Vec<T> sum[kGates] = {}, squares[kGates] = {};
+  for_vectors([&](int64_t i, int g, int64_t) { sum[g] += load(row + i); });  // 0 where no unit is
+  const Vec<T> mean = sum_of_all<T>(sum) / T(kGates * H);
+  for_vectors([&](int64_t i, int g, int64_t unit) {
+    const Vec<T> v = first_lanes<T>(load(row + i) - mean, H - unit);
+    squares[g] += v * v;
+  });
+  const T by = inverse_deviation<T>(sum_of_all<T>(squares), kGates * H, features.norm_eps);
+  for_vectors([&](int64_t i, int g, int64_t unit) {
+    const Vec<T> x = first_lanes<T>((load(row + i) - mean) * by, H - unit);
+    if (kept) store(kept + g * hidden + unit, x);
+    store(row + i, x * load(to.gain + i) + load(to.bias + i));
+  });
+  return by;
+}
+
+// Normalization of a row's products on both sides, then the cell.
 template <class P, class Cell>
 void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const {
   const Direction& w = directions[d];
-  const int64_t H = shape.hidden_size, hidden = padded(H), width = columns.width();
+  const int64_t hidden = padded(shape.hidden_size), width = columns.width();
   T* const gh = w.gh + b * width;
-  T* reserve = reserve_row(d, t, b);
-  if (reserve) reserve += features.kept_of_cell(shape.cell) * hidden;
-  // visit(vector of the row, gate, unit)
-  const auto for_vectors = [&](auto&& visit) {
-    for (int64_t panel = 0; panel < columns.panels(); ++panel)
-      for (int g = 0; g < kGates; ++g)
-        for (int u = 0; u < columns.unit_vectors(panel); ++u)
-          visit(columns.column(panel) + (g * columns.unit_vectors(panel) + u) * kLanes<T>, g,
-                columns.first_unit(panel) + u * kLanes<T>);
-  };
-  Vec<T> sum = {}, squares = {};
-  for (int64_t i = 0; i < width; i += kLanes<T>) sum += load(gh + i);  // zeros where no unit is
-  const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(kGates * H));
-  for_vectors([&](int64_t i, int, int64_t unit) {
-    const Vec<T> v = first_lanes<T>(load(gh + i) - mean, H - unit);
-    squares += v * v;
-  });
-  const T deviation = inverse_deviation(sum_of_lanes<T>(squares), kGates * H, features.norm_eps);
-  for_vectors([&](int64_t i, int g, int64_t unit) {
-    const Vec<T> v = first_lanes<T>((load(gh + i) - mean) * splat<T>(deviation), H - unit);
-    if (reserve) store(reserve + g * hidden + unit, v);
-    store(gh + i, v * load(w.gain + i) + load(w.norm_bias + i));
-  });
-  if (reserve)
-    for (int64_t unit = 0; unit < hidden; unit += kLanes<T>)
-      store(reserve + kGates * hidden + unit, splat<T>(deviation));
+  T* const reserve = reserve_row(d, t, b);
+  T* const of_h = reserve ? reserve + features.kept_of_cell(shape.cell) * hidden : nullptr;
+  T* const of_x = reserve ? of_h + kGates * hidden : nullptr;
+  const T by_h = normalize(gh, w.norm_hh, of_h);
+  const T by_x = normalize(w.gx + gx_row * width, w.norm_ih, of_x);
+  T* const kept = reserve ? of_x + kGates * hidden : nullptr;
+  if (kept) {
+    zero_row(kept, hidden);
+    kept[0] = by_h;
+    kept[1] = by_x;
+  }
   for (int64_t panel = 0; panel < columns.panels(); ++panel)
-    cell_row(d, panel, s, t, b, w.gx + gx_row * columns.width() + columns.column(panel),
-             gh + columns.column(panel));
-  if constexpr (Cell::kHasCellState) norm_output(d, s, t, b);
+    cell_row<true>(d, panel, s, t, b, w.gx + gx_row * width + columns.column(panel),
+                   gh + columns.column(panel));
+  if constexpr (Cell::kHasCellState) norm_output(d, s, t, b, kept);
 }
 
-// h_t = o * tanh(normalized c_t)
+// h_t = o * tanh(normalized c_t); its mean and 1 / deviation go to kept[2], kept[3].
 template <class P, class Cell>
-void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t, int64_t b) const {
+void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t, int64_t b, T* kept) const {
   const Direction& w = directions[d];
   const VectorMath<T> math{call.linear_activations};
   const int64_t H = shape.hidden_size, hidden = padded(H);
@@ -55,67 +86,100 @@ void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t, int64_t b) c
   const T* const c = o + hidden;
   Vec<T> sum = {}, squares = {};
   for (int64_t unit = 0; unit < H; unit += kLanes<T>) sum += load(c + unit);
-  const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(H));
+  const Vec<T> mean = sum_of_lanes<T>(sum) / T(H);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
     const Vec<T> v = first_lanes<T>(load(c + unit) - mean, H - unit);
     squares += v * v;
   }
-  const Vec<T> deviation =
-      splat<T>(inverse_deviation(sum_of_lanes<T>(squares), H, features.norm_eps));
+  const T by = inverse_deviation<T>(sum_of_lanes<T>(squares), H, features.norm_eps);
+  if (kept) {
+    kept[2] = mean[0];
+    kept[3] = by;
+  }
   const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
   const Beyond beyond = beyond_plain(d, t, b);
   T* y = call.y.at(shape, t, b) + d * H;
   for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
-    const Vec<T> v = (load(c + unit) - mean) * deviation;
+    const Vec<T> v = (load(c + unit) - mean) * by;
     const Vec<T> h = load(o + unit) * math.tanh(v * row_vector(features.norm_c[d], unit, H) +
                                                 row_vector(features.norm_c_bias[d], unit, H));
     emit_h(d, s, b, unit, beyond.next_h(h, load(h_prev + unit), unit, H), beyond, y);
   }
 }
 
-// The cell's backward for a row whose dL/dh is complete, then that of the layer normalization.
+// One side of a row on the way back through its normalization.
 template <class P, class Cell>
-void BackwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t b) const {
+struct BackwardPass<P, Cell>::NormSide {
+  const T *dy, *gain;  // (G*H)
+  const T* x;          // (G, padded(H)), as forward kept it
+  T by;                // 1 / deviation
+  T *dgain, *dbias;    // (G*H) sums to add to; no bias where the other side has the same sum
+  T* dv;               // (G*H)
+  Element* operand;    // the same as operands
+};
+
+// y = gain * x + bias, x = (v - mean) * by:
+//   dv = (dx - mean(dx) - x * mean(dx * x)) * by   with dx = gain * dy
+template <class P, class Cell>
+void BackwardPass<P, Cell>::normalize_backward(const NormSide& side) const {
+  const int64_t H = shape.hidden_size, hidden = padded(H);
+  // visit(column, gate, x, lanes that there are)
+  const auto for_vectors = [&](auto&& visit) {
+    for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g)
+        visit(g * H + unit, g, load(side.x + g * hidden + unit), H - unit);
+    }
+  };
+  const auto add = [](T* to, Vec<T> v, int64_t rest) {
+    store_upto(to, load_upto(to, rest) + v, rest);
+  };
+  Vec<T> sum[kGates] = {}, product[kGates] = {};
+  for_vectors([&](int64_t column, int g, Vec<T> x, int64_t rest) {
+    const Vec<T> dy = load_upto(side.dy + column, rest);
+    const Vec<T> gain = load_upto(side.gain + column, rest);
+    add(side.dgain + column, dy * x, rest);
+    if (side.dbias) add(side.dbias + column, dy, rest);
+    sum[g] += dy * gain;
+    product[g] += dy * gain * x;
+  });
+  const Vec<T> mean = sum_of_all<T>(sum) / T(kGates * H);
+  const Vec<T> slope = sum_of_all<T>(product) / T(kGates * H);
+  for_vectors([&](int64_t column, int, Vec<T> x, int64_t rest) {
+    const Vec<T> dx = load_upto(side.dy + column, rest) * load_upto(side.gain + column, rest);
+    const Vec<T> dv = (dx - mean - x * slope) * side.by;
+    store_upto(side.dv + column, dv, rest);
+    if constexpr (!kValuesAreOperands) P::store(side.operand, column, dv, rest);
+  });
+}
+
+// The cell's backward for a row whose dL/dh is complete, then that of the normalization.
+template <class P, class Cell>
+void BackwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t b, int64_t group) const {
   const Direction& w = directions[d];
   const int64_t t = step_at(shape, reversed(d), s), row = chunk_row(d, s) + b;
   const int64_t H = shape.hidden_size, hidden = padded(H), n = gate_rows;
-  const T* const dh = w.dh + row * hidden;
-  if constexpr (Cell::kHasCellState) norm_output(d, t, b, row, dh);
+  const T* const dh = w.dh + b * hidden;
+  const T* const of_h = reserve_row(d, t, b) + features.kept_of_cell(shape.cell) * hidden;
+  const T* const of_x = of_h + kGates * hidden;
+  const T* const kept = of_x + kGates * hidden;
+  if constexpr (Cell::kHasCellState) norm_output(d, t, b, group, dh, kept);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>)
-    store(w.carry + b * hidden + unit, unit_backward(d, s, t, b, unit, load(dh + unit)));
-  // y = gain * x, x = (v - mean) / deviation:
-  //   dv = (dx - mean(dx) - x * mean(dx * x)) / deviation with dx = gain * dy
-  const T* const kept = reserve_row(d, t, b) + features.kept_of_cell(shape.cell) * hidden;
-  const T* const dy = w.dnormal + row * n;
-  const auto for_vectors = [&](auto&& visit) {
-    for (int g = 0; g < kGates; ++g)
-      for (int64_t unit = 0; unit < H; unit += kLanes<T>)
-        visit(g * H + unit, load(kept + g * hidden + unit), H - unit);
-  };
-  Vec<T> sum = {}, product = {};
-  for_vectors([&](int64_t column, Vec<T> x, int64_t rest) {
-    const Vec<T> by_gain = load_upto(dy + column, rest) * x;
-    store_upto(w.dnormal_hh + row * n + column, by_gain, rest);
-    const Vec<T> gain = load_upto(features.norm_hh[d] + column, rest);
-    sum += load_upto(dy + column, rest) * gain;
-    product += by_gain * gain;
-  });
-  const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(n));
-  const Vec<T> slope = splat<T>(sum_of_lanes<T>(product) / T(n));
-  const Vec<T> deviation = load(kept + kGates * hidden);
-  for_vectors([&](int64_t column, Vec<T> x, int64_t rest) {
-    const Vec<T> dx = load_upto(dy + column, rest) * load_upto(features.norm_hh[d] + column, rest);
-    const Vec<T> dv = (dx - mean - x * slope) * deviation;
-    store_upto(w.dgh[slot(s)] + row * n + column, dv, rest);
-    if constexpr (!kValuesAreOperands)
-      P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dv, rest);
-  });
+    store(w.carry + b * hidden + unit, unit_backward<true>(d, s, t, b, unit, load(dh + unit)));
+  const T* const dx = w.dnormal + b * 2 * n;
+  constexpr bool kSplits = Cell::kSplitsGradient;
+  normalize_backward({kSplits ? dx + n : dx, features.norm_hh[d], of_h, kept[0],
+                      w.sums.hh + group * n, kSplits ? w.sums.b_hh + group * n : nullptr,
+                      w.dgh[slot(s)] + row * n, w.dgh_operand[slot(s)] + row * gate_depth()});
+  normalize_backward({dx, features.norm_ih[d], of_x, kept[1], w.sums.ih + group * n,
+                      w.sums.b_ih + group * n, w.dgx[slot(s)] + row * n,
+                      w.dgx_operand[slot(s)] + row * gate_depth()});
 }
 
 // dL/dc_t and the gradient of o's gate that come from h~_t = o * tanh(c normalized).
 template <class P, class Cell>
-void BackwardPass<P, Cell>::norm_output(int d, int64_t t, int64_t b, int64_t row,
-                                        const T* dh) const {
+void BackwardPass<P, Cell>::norm_output(int d, int64_t t, int64_t b, int64_t group, const T* dh,
+                                        const T* kept) const {
   if constexpr (Cell::kHasCellState) {
     const Direction& w = directions[d];
     const VectorMath<T> math{call.linear_activations};
@@ -128,46 +192,34 @@ void BackwardPass<P, Cell>::norm_output(int d, int64_t t, int64_t b, int64_t row
     const auto for_units = [&](auto&& visit) {
       for (int64_t unit = 0; unit < H; unit += kLanes<T>) visit(unit, H - unit);
     };
-    Vec<T> sum = {}, squares = {};
+    const T mean = kept[2], by = kept[3];
+    Vec<T> dx_sum = {}, product = {};
     for_units([&](int64_t unit, int64_t rest) {
       Vec<T> saved[kSaved];
 #pragma GCC unroll 8
       for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden + unit);
-      const Vec<T> c = first_lanes<T>(Cell::next_c(saved), rest);
-      store(x + unit, c);
-      sum += c;
-    });
-    const Vec<T> mean = splat<T>(sum_of_lanes<T>(sum) / T(H));
-    for_units([&](int64_t unit, int64_t rest) {
-      const Vec<T> v = first_lanes<T>(load(x + unit) - mean, rest);
-      store(x + unit, v);
-      squares += v * v;
-    });
-    const Vec<T> deviation =
-        splat<T>(inverse_deviation(sum_of_lanes<T>(squares), H, features.norm_eps));
-    Vec<T> dx_sum = {}, product = {};
-    for_units([&](int64_t unit, int64_t rest) {
-      const Vec<T> normal = load(x + unit) * deviation;
+      const Vec<T> normal = first_lanes<T>((Cell::next_c(saved) - mean) * by, rest);
       const Vec<T> gain = load_upto(features.norm_c[d] + unit, rest);
       const Vec<T> tanh_c =
           math.tanh(normal * gain + load_upto(features.norm_c_bias[d] + unit, rest));
-      const Vec<T> o = load(reserve + 3 * hidden + unit);
+      const Vec<T> o = saved[3];
       Vec<T> dh_cell = load(dh + unit);
       if (past) dh_cell -= dh_cell * load_upto(past + unit, rest);
       const Vec<T> dy = dh_cell * o * math.tanh_grad(tanh_c);
       store(x + unit, normal);
       store(do_gate + unit, dh_cell * tanh_c * math.sigmoid_grad(o));
-      store_upto(w.dc_out + row * H + unit, dy, rest);
-      store_upto(w.dc_gain + row * H + unit, dy * normal, rest);
+      T *const dgain = w.sums.c + group * H + unit, *const dbias = w.sums.c_bias + group * H + unit;
+      store_upto(dgain, load_upto(dgain, rest) + dy * normal, rest);
+      store_upto(dbias, load_upto(dbias, rest) + dy, rest);
       const Vec<T> dx = first_lanes<T>(dy * gain, rest);
       store(dc + unit, dx);
       dx_sum += dx;
       product += dx * normal;
     });
-    const Vec<T> dx_mean = splat<T>(sum_of_lanes<T>(dx_sum) / T(H));
-    const Vec<T> slope = splat<T>(sum_of_lanes<T>(product) / T(H));
+    const Vec<T> dx_mean = sum_of_lanes<T>(dx_sum) / T(H);
+    const Vec<T> slope = sum_of_lanes<T>(product) / T(H);
     for_units([&](int64_t unit, int64_t) {
-      store(dc + unit, (load(dc + unit) - dx_mean - load(x + unit) * slope) * deviation);
+      store(dc + unit, (load(dc + unit) - dx_mean - load(x + unit) * slope) * by);
     });
   }
 }

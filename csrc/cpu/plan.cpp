@@ -21,8 +21,10 @@ constexpr int64_t kBackwardChunkRows = 256;
 // Weight gradients beyond the last level of cache are written and read again for every chunk: fewer
 // and larger ones then.
 constexpr int64_t kLargeGradients = 24 << 20;
-// At least: with 8, every member reading all of W_hh cost more than the waits it saved.
+// At least: every member reads all of W_hh. Fewer were not tried where a step has one part.
 constexpr int64_t kRowsOfAShare = 8;
+// ... half as many where a step has two parts, and whole rows would go from core to core.
+constexpr int64_t kRowsOfAShareInTwoParts = 4;
 constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,12 +46,13 @@ Plan make_plan(const PlanInput& input) {
   const SequenceShape& s = input.shape;
   const int64_t gates = num_gates(s.cell);
   const int64_t steps = std::max<int64_t>(s.steps, 1), batch = std::max<int64_t>(s.batch, 1);
+  const int64_t least = input.two_parts ? kRowsOfAShareInTwoParts : kRowsOfAShare;
   Plan plan;
 
   // An even number of blocks, where each has rows enough to reuse what it reads of the weights:
   // they are also what the batch is shared out in.
   int64_t blocks = ceil_div(batch, kMaxRowBlock);
-  if (batch >= 2 * kRowsOfAShare) blocks += blocks % 2;
+  if (batch >= 2 * least) blocks += blocks % 2;
   plan.row_block = std::min(kMaxRowBlock, ceil_div(ceil_div(batch, blocks), 4) * 4);
   blocks = ceil_div(batch, plan.row_block);
 
@@ -98,8 +101,8 @@ Plan make_plan(const PlanInput& input) {
   double best = alone;
   for (int threads = 2; threads <= std::min<int64_t>(input.max_threads, jobs); ++threads) {
     const double share = double(ceil_div(jobs, threads)) / double(jobs);
-    const double together =
-        kTeamStartSeconds + (plan.step_seconds * share + kBarrierSeconds) * steps;
+    const double waits = kBarrierSeconds * (input.two_parts ? 2 : 1);
+    const double together = kTeamStartSeconds + (plan.step_seconds * share + waits) * steps;
     if (together < best && together < 0.85 * alone) {
       best = together;
       plan.threads = threads;
@@ -108,7 +111,7 @@ Plan make_plan(const PlanInput& input) {
   }
   // Shared out for a whole chunk: a direction each, or a part of the batch.
   const int64_t chunks = ceil_div(steps, plan.chunk_steps);
-  for (int64_t shares = 1; shares <= (batch >= 2 * kRowsOfAShare ? blocks : 1); ++shares) {
+  for (int64_t shares = 1; shares <= (batch >= 2 * least ? blocks : 1); ++shares) {
     const int64_t parts = s.directions * shares;
     if (parts < 2 || parts > input.max_threads) continue;
     // Every part reads all weights of its direction at every step.

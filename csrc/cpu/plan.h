@@ -40,6 +40,7 @@ struct PlanInput {
   bool backward = false;
   bool bf16_products = false;
   int max_threads = 1;
+  bool two_parts = false;  // Features::two_parts
 };
 
 Plan make_plan(const PlanInput& input);

@@ -146,12 +146,18 @@ RNN_EXT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
   return load(lanes);
 #endif
 }
-template <class T>
-RNN_EXT_INLINE T sum_of_lanes(Vec<T> v) {
-  T sum = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+// The sum of all lanes, in every lane.
+template <class T, int kDistance, size_t... kLane>
+RNN_EXT_INLINE Vec<T> add_from(Vec<T> v, std::index_sequence<kLane...>) {
+  return v + __builtin_shufflevector(v, v, (int(kLane) ^ kDistance)...);
+}
+template <class T, int kDistance = kLanes<T> / 2>
+RNN_EXT_INLINE Vec<T> sum_of_lanes(Vec<T> v) {
+  if constexpr (kDistance >= 1)
+    return sum_of_lanes<T, kDistance / 2>(
+        add_from<T, kDistance>(v, std::make_index_sequence<size_t(kLanes<T>)>()));
+  else
+    return v;
 }
 template <class T>
 RNN_EXT_INLINE Vec<T> splat(T x) {

@@ -54,10 +54,12 @@ void share_out(int64_t jobs, double work, const Job& job) {
 }
 
 template <class T>
-Plan plan_on(Threads threads, const SequenceShape& shape, bool backward, bool bf16_products) {
-  Plan plan = plan_call<T>(shape, backward, threads.granted, bf16_products);
-  plan.stands_in = threads.granted < threads.offered && plan.threads == 1 &&
-                   plan_call<T>(shape, backward, threads.offered, bf16_products).threads > 1;
+Plan plan_on(Threads threads, const SequenceShape& shape, bool backward, bool bf16_products,
+             bool two_parts = false) {
+  Plan plan = plan_call<T>(shape, backward, threads.granted, bf16_products, two_parts);
+  plan.stands_in =
+      threads.granted < threads.offered && plan.threads == 1 &&
+      plan_call<T>(shape, backward, threads.offered, bf16_products, two_parts).threads > 1;
   return plan;
 }
 
@@ -166,7 +168,8 @@ class CpuBackend {
   template <class Call>
   Plan plan_any(Call& call, bool backward) const {
     call.bf16_products = bf16_products(dtype_);
-    return plan_on<T>(threads_of_call(), call.shape, backward, call.bf16_products);
+    return plan_on<T>(threads_of_call(), call.shape, backward, call.bf16_products,
+                      call.features.two_parts());
   }
   void start() {
     started_ = true;

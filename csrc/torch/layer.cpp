@@ -26,48 +26,17 @@ struct LayerInputs {
   const Optional &h_0, &c_0, &reset_h, &reset_c;
   const Optional& hidden_mask;            // (D, B, R)
   const Optional &zoneout_h, &zoneout_c;  // (T, B, D*H), with batch_first (B, T, D*H)
-  const Optional& norm_hh;                // (D, G*H)
+  const Optional &norm_ih, &norm_hh;      // (D, G*H)
   const Optional &norm_c, &norm_c_bias;   // (D, H)
   CellKind cell;
   bool has_biases, bidirectional, batch_first;
   int64_t detach_steps, checkpoint_steps;
   double norm_eps;
-  bool projected_input, reset_before;
+  bool reset_before;
 
   Inputs plain() const { return {input, std::nullopt, h_0, c_0, params}; }
   Options options() const { return {cell, has_biases, 1, bidirectional, batch_first, 0.0, false}; }
 };
-
-// Where the input is projected already there is neither W_ih nor b_ih: these stand in for them in
-// the order of parameters. Nothing reads their values.
-std::vector<at::Tensor> with_placeholders(at::TensorList given, const at::Tensor& input,
-                                          bool has_biases, bool bidirectional,
-                                          bool projected_input) {
-  if (!projected_input) return given.vec();
-  const size_t directions = bidirectional ? 2 : 1;
-  TORCH_CHECK(given.size() >= directions && given.size() % directions == 0,
-              "expected the same number of parameters for each direction, got ", given.size());
-  TORCH_CHECK(input.dim() == 3 && given[0].dim() == 2,
-              "input must have 3 dimensions and weight_hh 2, got ", input.dim(), " and ",
-              given[0].dim());
-  const at::Tensor w_ih =
-      at::empty({input.size(2)}, given[0].options()).expand({given[0].size(0), input.size(2)});
-  const at::Tensor b_ih = at::empty({given[0].size(0)}, given[0].options());
-  std::vector<at::Tensor> all;
-  for (size_t i = 0; i < given.size(); ++i) {
-    const size_t own = i % (given.size() / directions);
-    if (own == 0) all.push_back(w_ih);
-    if (own == 1 && has_biases) all.push_back(b_ih);
-    all.push_back(given[i]);
-  }
-  return all;
-}
-// Is the i-th of all parameters such a stand-in?
-bool is_placeholder(const LayerInputs& in, size_t i) {
-  if (!in.projected_input) return false;
-  const size_t own = i % (in.params.size() / (in.bidirectional ? 2 : 1));
-  return own == 0 || (own == 2 && in.has_biases);
-}
 
 // Rows that end at steps of their own, longest first.
 struct Schedule {
@@ -151,9 +120,12 @@ struct Layer {
     TORCH_CHECK_VALUE(R == H || (!in.zoneout_h && !in.zoneout_c),
                       "zoneout of an LSTM with projections is not defined");
     const int64_t G = num_gates(in.cell);
+    check_shape(in.norm_ih, {D, G * H}, "norm_ih", in.input);
     check_shape(in.norm_hh, {D, G * H}, "norm_hh", in.input);
     check_shape(in.norm_c, {D, H}, "norm_c", in.input);
     check_shape(in.norm_c_bias, {D, H}, "norm_c_bias", in.input);
+    TORCH_CHECK(in.norm_ih.has_value() == in.norm_hh.has_value(),
+                "layer normalization needs norm_ih and norm_hh");
     const bool norm_of_cell = in.norm_hh && in.cell == CellKind::kLstm;
     TORCH_CHECK(norm_of_cell == in.norm_c.has_value() && norm_of_cell == in.norm_c_bias.has_value(),
                 "norm_c and norm_c_bias belong to the layer normalization of an LSTM");
@@ -162,9 +134,6 @@ struct Layer {
     TORCH_CHECK_VALUE(!in.reset_before || (in.cell == CellKind::kGru && !in.norm_hh),
                       "the reset gate can be before the product in a GRU without layer "
                       "normalization only");
-    TORCH_CHECK(!in.projected_input || in.input.size(2) == D * G * H,
-                "projected input must have size ", D * G * H, " in its last dimension, got ",
-                in.input.size(2));
     TORCH_CHECK_VALUE(in.detach_steps >= 0 && in.checkpoint_steps >= 0,
                       "detach_steps and checkpoint_steps must not be negative");
   }
@@ -202,7 +171,7 @@ struct Layer {
     Features<float> features;  // of which only what is there counts
     static constexpr float kThere = 0;
     if (in.zoneout_h) features.zoneout_h.data = &kThere;
-    if (in.norm_hh) features.norm_hh[0] = &kThere;
+    if (in.norm_ih) features.norm_ih[0] = &kThere;
     return features.kept(in.cell);
   }
   // Segments between which only the states are kept, 0: everything is.
@@ -243,7 +212,8 @@ template <class T>
 struct LayerOperands {
   const at::ScalarType element = c10::CppTypeToScalarType<T>::value;
   const Operands plain;
-  const Optional reset_h, reset_c, hidden_mask, zoneout_h, zoneout_c, norm_hh, norm_c, norm_c_bias;
+  const Optional reset_h, reset_c, hidden_mask, zoneout_h, zoneout_c;
+  const Optional norm_ih, norm_hh, norm_c, norm_c_bias;
 
   explicit LayerOperands(const LayerInputs& in)
       : plain(in.plain(), element),
@@ -252,6 +222,7 @@ struct LayerOperands {
         hidden_mask(dense(in.hidden_mask, element)),
         zoneout_h(in.zoneout_h ? Optional(readable(*in.zoneout_h, element)) : std::nullopt),
         zoneout_c(in.zoneout_c ? Optional(readable(*in.zoneout_c, element)) : std::nullopt),
+        norm_ih(dense(in.norm_ih, element)),
         norm_hh(dense(in.norm_hh, element)),
         norm_c(dense(in.norm_c, element)),
         norm_c_bias(dense(in.norm_c_bias, element)) {}
@@ -268,7 +239,6 @@ struct LayerOperands {
     f.zoneout_c = layer.optional_rows<T>(zoneout_c);
     f.detach_steps = layer.in.detach_steps;
     f.norm_eps = layer.in.norm_eps;
-    f.projected_input = layer.in.projected_input;
     f.reset_before = layer.in.reset_before;
     const auto row = [](const Optional& t, int d) {
       return t ? const_data<T>(*t) + d * t->size(1) : nullptr;
@@ -277,6 +247,7 @@ struct LayerOperands {
       call.weights[d] = weights_of<T>(plain.params, layer.problem.param(0, d));
       call.h_0[d] = slice<T>(plain.h_0, d);
       f.hidden_mask[d] = slice<T>(hidden_mask, d);
+      f.norm_ih[d] = row(norm_ih, d);
       f.norm_hh[d] = row(norm_hh, d);
       f.norm_c[d] = row(norm_c, d);
       f.norm_c_bias[d] = row(norm_c_bias, d);
@@ -365,9 +336,9 @@ Results forward_layer(const Layer& layer, bool return_cells, bool save_reserve) 
   return {narrow(output), narrow(h_n), narrow(c_n), narrow(cells), reserve};
 }
 
-// Results of backward before the parameters: input, h_0, c_0, reset_h, reset_c, norm_hh, norm_c and
-// norm_c_bias.
-constexpr size_t kStates = 8;
+// Results of backward before the parameters: input, h_0, c_0, reset_h, reset_c, norm_ih, norm_hh,
+// norm_c and norm_c_bias.
+constexpr size_t kStates = 9;
 
 // The gradients that backward starts from, undefined means zeros.
 struct LayerGrads {
@@ -405,14 +376,13 @@ std::vector<at::Tensor> backward_layer(const Layer& layer, const LayerGrads& gra
   T* dreset_h = result(wanted[3] && layer.in.reset_h, {D, B, R});
   T* dreset_c = result(wanted[4] && layer.in.reset_c, {D, B, H});
   const int64_t GH = num_gates(layer.in.cell) * H;
-  T* const dnorm_hh = result(wanted[5] && layer.in.norm_hh, {D, GH});
-  T* const dnorm_c = result(wanted[6] && layer.in.norm_c, {D, H});
-  T* const dnorm_c_bias = result(wanted[7] && layer.in.norm_c_bias, {D, H});
+  T* const dnorm_ih = result(wanted[5] && layer.in.norm_ih, {D, GH});
+  T* const dnorm_hh = result(wanted[6] && layer.in.norm_hh, {D, GH});
+  T* const dnorm_c = result(wanted[7] && layer.in.norm_c, {D, H});
+  T* const dnorm_c_bias = result(wanted[8] && layer.in.norm_c_bias, {D, H});
   std::vector<T*> dparams;
-  size_t given = kStates;
   for (size_t i = 0; i < params.size(); ++i)
-    dparams.push_back(is_placeholder(layer.in, i) ? nullptr
-                                                  : result(wanted[given++], params[i].sizes()));
+    dparams.push_back(result(wanted[kStates + i], params[i].sizes()));
   // Where rows restart from h_0 and c_0 themselves, those get both gradients.
   at::Tensor from_resets_h, from_resets_c;
   const auto beside = [&](at::Tensor& t, T* own, int64_t width) {
@@ -444,7 +414,8 @@ std::vector<at::Tensor> backward_layer(const Layer& layer, const LayerGrads& gra
       call.gradients[d] = {gradient(index.w_ih), gradient(index.w_hh),  gradient(index.b_ih),
                            gradient(index.b_hh), gradient(index.w_hr),  part(dh_0, B * R),
                            part(dc_0, B * H),    part(dreset_h, B * R), part(dreset_c, B * H),
-                           part(dnorm_hh, GH),   part(dnorm_c, H),      part(dnorm_c_bias, H)};
+                           part(dnorm_ih, GH),   part(dnorm_hh, GH),    part(dnorm_c, H),
+                           part(dnorm_c_bias, H)};
     }
     Backend backend(layer.problem, dtype);
     if (layer.segments() == 0) {
@@ -494,37 +465,17 @@ Results recurrent_layer_cpu(const at::Tensor& input, at::TensorList params, cons
                             const Optional& resets, const Optional& h_0, const Optional& c_0,
                             const Optional& reset_h, const Optional& reset_c,
                             const Optional& hidden_mask, const Optional& zoneout_h,
-                            const Optional& zoneout_c, const Optional& norm_hh,
-                            const Optional& norm_c, const Optional& norm_c_bias, int64_t cell,
-                            bool has_biases, bool bidirectional, bool batch_first,
-                            int64_t detach_steps, int64_t checkpoint_steps, double norm_eps,
-                            bool projected_input, bool reset_before, bool return_cells,
-                            bool save_reserve) {
-  const std::vector<at::Tensor> all =
-      with_placeholders(params, input, has_biases, bidirectional, projected_input);
-  const LayerInputs in{input,
-                       all,
-                       lengths,
-                       resets,
-                       h_0,
-                       c_0,
-                       reset_h,
-                       reset_c,
-                       hidden_mask,
-                       zoneout_h,
-                       zoneout_c,
-                       norm_hh,
-                       norm_c,
-                       norm_c_bias,
-                       CellKind(cell),
-                       has_biases,
-                       bidirectional,
-                       batch_first,
-                       detach_steps,
-                       checkpoint_steps,
-                       norm_eps,
-                       projected_input,
-                       reset_before};
+                            const Optional& zoneout_c, const Optional& norm_ih,
+                            const Optional& norm_hh, const Optional& norm_c,
+                            const Optional& norm_c_bias, int64_t cell, bool has_biases,
+                            bool bidirectional, bool batch_first, int64_t detach_steps,
+                            int64_t checkpoint_steps, double norm_eps, bool reset_before,
+                            bool return_cells, bool save_reserve) {
+  const LayerInputs in{
+      input,       params,       lengths,          resets,         h_0,         c_0,
+      reset_h,     reset_c,      hidden_mask,      zoneout_h,      zoneout_c,   norm_ih,
+      norm_hh,     norm_c,       norm_c_bias,      CellKind(cell), has_biases,  bidirectional,
+      batch_first, detach_steps, checkpoint_steps, norm_eps,       reset_before};
   const Layer layer(in);
   TORCH_CHECK(!return_cells || layer.lstm(), "cell states are the LSTM's only");
   return in_double(in) ? forward_layer<double>(layer, return_cells, save_reserve)
@@ -536,36 +487,16 @@ std::vector<at::Tensor> recurrent_layer_backward_cpu(
     const Optional& grad_cells, const at::Tensor& input, at::TensorList params,
     const Optional& lengths, const Optional& resets, const Optional& h_0, const Optional& c_0,
     const Optional& reset_h, const Optional& reset_c, const Optional& hidden_mask,
-    const Optional& zoneout_h, const Optional& zoneout_c, const Optional& norm_hh,
-    const Optional& norm_c, const Optional& norm_c_bias, const at::Tensor& output,
-    const at::Tensor& reserve, int64_t cell, bool has_biases, bool bidirectional, bool batch_first,
-    int64_t detach_steps, int64_t checkpoint_steps, double norm_eps, bool projected_input,
-    bool reset_before, c10::List<bool> output_mask) {
-  const std::vector<at::Tensor> all =
-      with_placeholders(params, input, has_biases, bidirectional, projected_input);
-  const LayerInputs in{input,
-                       all,
-                       lengths,
-                       resets,
-                       h_0,
-                       c_0,
-                       reset_h,
-                       reset_c,
-                       hidden_mask,
-                       zoneout_h,
-                       zoneout_c,
-                       norm_hh,
-                       norm_c,
-                       norm_c_bias,
-                       CellKind(cell),
-                       has_biases,
-                       bidirectional,
-                       batch_first,
-                       detach_steps,
-                       checkpoint_steps,
-                       norm_eps,
-                       projected_input,
-                       reset_before};
+    const Optional& zoneout_h, const Optional& zoneout_c, const Optional& norm_ih,
+    const Optional& norm_hh, const Optional& norm_c, const Optional& norm_c_bias,
+    const at::Tensor& output, const at::Tensor& reserve, int64_t cell, bool has_biases,
+    bool bidirectional, bool batch_first, int64_t detach_steps, int64_t checkpoint_steps,
+    double norm_eps, bool reset_before, c10::List<bool> output_mask) {
+  const LayerInputs in{
+      input,       params,       lengths,          resets,         h_0,         c_0,
+      reset_h,     reset_c,      hidden_mask,      zoneout_h,      zoneout_c,   norm_ih,
+      norm_hh,     norm_c,       norm_c_bias,      CellKind(cell), has_biases,  bidirectional,
+      batch_first, detach_steps, checkpoint_steps, norm_eps,       reset_before};
   const Layer layer(in);
   const SequenceShape& s = layer.shape;
   TORCH_CHECK(output_mask.size() == kStates + params.size(), "output_mask must have ",
@@ -596,28 +527,26 @@ TORCH_LIBRARY_FRAGMENT(rnn_ext, m) {
   // zoneout: how much of a state stays what it was. detach_steps: gradients stop between every so
   // many steps; checkpoint_steps: keep the states between segments of so many steps instead of
   // everything. norm_*: gains (and the LSTM's bias of c) of layer normalization in the cell.
-  // reset_before: the GRU's reset gate before the product. projected_input: input is the gates'
-  // input side, and params have neither W_ih nor b_ih. cells is every c_t where return_cells asks
-  // for it, else empty.
+  // reset_before: the GRU's reset gate before the product. cells is every c_t where return_cells
+  // asks for it, else empty.
   m.def(
       "recurrent_layer(Tensor input, Tensor[] params, Tensor? lengths, Tensor? resets, "
       "Tensor? h_0, Tensor? c_0, Tensor? reset_h, Tensor? reset_c, Tensor? hidden_mask, "
-      "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? norm_hh, Tensor? norm_c, "
+      "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
       "Tensor? norm_c_bias, int cell, bool has_biases, bool bidirectional, bool batch_first, "
-      "int detach_steps, int checkpoint_steps, float norm_eps, bool projected_input, bool "
-      "reset_before, "
+      "int detach_steps, int checkpoint_steps, float norm_eps, bool reset_before, "
       "bool return_cells, bool save_reserve) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)");
-  // Gradients of input, h_0, c_0, reset_h, reset_c, norm_hh, norm_c, norm_c_bias and every
-  // parameter; an empty tensor stands where output_mask says that one is not wanted.
+  // Gradients of input, h_0, c_0, reset_h, reset_c, norm_ih, norm_hh, norm_c, norm_c_bias and
+  // every parameter; an empty tensor stands where output_mask says that one is not wanted.
   m.def(
       "recurrent_layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
       "Tensor? grad_cells, Tensor input, Tensor[] params, Tensor? lengths, Tensor? resets, "
       "Tensor? h_0, Tensor? c_0, Tensor? reset_h, Tensor? reset_c, Tensor? hidden_mask, "
-      "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? norm_hh, Tensor? norm_c, "
+      "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
       "Tensor? norm_c_bias, Tensor output, Tensor reserve, int cell, bool has_biases, "
       "bool bidirectional, bool batch_first, int detach_steps, int checkpoint_steps, "
-      "float norm_eps, bool projected_input, bool reset_before, bool[] output_mask) -> Tensor[]");
+      "float norm_eps, bool reset_before, bool[] output_mask) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(rnn_ext, CPU, m) {

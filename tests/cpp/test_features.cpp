@@ -1,7 +1,8 @@
 // What a call may ask for beyond the plain recurrence (csrc/sequence.h, Features), all of it in
-// drawn mixtures: every row of a batch gets what it gets alone, in any number of threads and
-// segments. The values themselves are checked in Python, against other implementations; here the
-// sanitizers look on. Arrays are of exactly their size, and NaN until written.
+// drawn mixtures: every row of a batch gets what it gets alone, in any number of threads, shares of
+// the batch and segments. The values themselves are checked in Python, against other
+// implementations; here the sanitizers look on. Arrays are of exactly their size, and NaN until
+// written.
 #include <algorithm>
 #include <deque>
 #include <numeric>
@@ -56,8 +57,8 @@ struct Data {
   std::vector<char> resets;      // (T, B)
   Array x, dy, zoneout_h, zoneout_c, dcells;
   struct Direction {
-    Array w_ih, w_hh, b_ih, b_hh, norm_hh, norm_c, norm_c_bias;  // of the layer
-    Array h_0, c_0, reset_h, reset_c, mask, dh_n, dc_n;          // (B, H)
+    Array w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh, norm_c, norm_c_bias;  // of the layer
+    Array h_0, c_0, reset_h, reset_c, mask, dh_n, dc_n;                   // (B, H)
   } directions[kMaxDirections];
 
   Data(const Case& c, std::mt19937& random) {
@@ -77,7 +78,7 @@ struct Data {
     for (Direction& w : directions) {
       fill(w.w_ih, gates * c.I, scale);
       fill(w.w_hh, gates * c.H, scale);
-      for (Array* a : {&w.b_ih, &w.b_hh, &w.norm_hh}) fill(*a, gates);
+      for (Array* a : {&w.b_ih, &w.b_hh, &w.norm_ih, &w.norm_hh}) fill(*a, gates);
       for (Array* a : {&w.norm_c, &w.norm_c_bias}) fill(*a, c.H);
       for (Array* a : {&w.h_0, &w.c_0, &w.reset_h, &w.reset_c, &w.mask, &w.dh_n, &w.dc_n})
         fill(*a, c.B * c.H);
@@ -89,7 +90,7 @@ struct Result {
   Array y, cells, dx;  // (T, B, ...)
   struct Direction {
     Array h_n, c_n, dh_0, dc_0, dreset_h, dreset_c;  // (B, H)
-    Array dw_ih, dw_hh, db_ih, db_hh, dnorm_hh, dnorm_c, dnorm_c_bias;
+    Array dw_ih, dw_hh, db_ih, db_hh, dnorm_ih, dnorm_hh, dnorm_c, dnorm_c_bias;
   } directions[kMaxDirections];
 };
 
@@ -115,8 +116,9 @@ class Run {
  public:
   Result result;
 
-  Run(const Case& c, const Data& data, std::vector<int64_t> rows, int threads, int64_t segments)
-      : c_(c), data_(data), rows_(std::move(rows)), B_(int64_t(rows_.size())) {
+  Run(const Case& c, const Data& data, std::vector<int64_t> rows, int threads, int64_t segments,
+      int64_t shares = 0)
+      : c_(c), data_(data), rows_(std::move(rows)), B_(int64_t(rows_.size())), shares_(shares) {
     describe();
     forward(threads, segments);
     backward(threads, segments);
@@ -126,7 +128,7 @@ class Run {
   const Case& c_;
   const Data& data_;
   std::vector<int64_t> rows_;
-  int64_t B_;
+  int64_t B_, shares_;
   SequenceShape shape_;
   std::vector<int64_t> order_, batch_sizes_, offsets_;
   std::deque<Array> kept_;
@@ -200,6 +202,7 @@ class Run {
                          nullptr,       c_.I,          c_.H,          0};
       call.h_0[d] = take(w.h_0, 1, c_.H);
       if (c_.mask) f.hidden_mask[d] = take(w.mask, 1, c_.H);
+      if (c_.norm) f.norm_ih[d] = w.norm_ih.data();
       if (c_.norm) f.norm_hh[d] = w.norm_hh.data();
       if (c_.norm && c_.lstm()) {
         f.norm_c[d] = w.norm_c.data();
@@ -214,8 +217,9 @@ class Run {
 
   template <class Call>
   Plan plan(const Call& call, bool backward, int threads) const {
-    Plan plan = plan_call<double>(call.shape, backward, 1);
+    Plan plan = plan_call<double>(call.shape, backward, 1, false, call.features.two_parts());
     plan.threads = threads;
+    plan.shares = shares_;
     plan.chunk_steps = 2;
     plan.packed_weights = plan.packed_recurrent = true;
     return plan;
@@ -285,6 +289,7 @@ class Run {
                            lstm ? make(to.dc_0, B_ * c_.H) : nullptr,
                            c_.resets ? make(to.dreset_h, B_ * c_.H) : nullptr,
                            c_.resets && lstm ? make(to.dreset_c, B_ * c_.H) : nullptr,
+                           norm ? make(to.dnorm_ih, gates) : nullptr,
                            norm ? make(to.dnorm_hh, gates) : nullptr,
                            norm && lstm ? make(to.dnorm_c, c_.H) : nullptr,
                            norm && lstm ? make(to.dnorm_c_bias, c_.H) : nullptr};
@@ -337,6 +342,7 @@ void for_arrays(const Case& c, const Result& a, const Result& b, Visit&& visit) 
     visit("dw_hh", p.dw_hh, q.dw_hh, 0, false);
     visit("db_ih", p.db_ih, q.db_ih, 0, false);
     visit("db_hh", p.db_hh, q.db_hh, 0, false);
+    visit("dnorm_ih", p.dnorm_ih, q.dnorm_ih, 0, false);
     visit("dnorm_hh", p.dnorm_hh, q.dnorm_hh, 0, false);
     visit("dnorm_c", p.dnorm_c, q.dnorm_c, 0, false);
     visit("dnorm_c_bias", p.dnorm_c_bias, q.dnorm_c_bias, 0, false);
@@ -410,12 +416,13 @@ void check_same_bits(const Case& c, const Result& a, const Result& b) {
   });
 }
 
-TEST(threads_and_segments_do_not_change_a_bit) {
+TEST(threads_shares_and_segments_do_not_change_a_bit) {
   for_cases(25, [](const Case& c, const Data& data) {
     const Result plain = Run(c, data, all_rows(c), 1, 0).result;
     check_same_bits(c, plain, Run(c, data, all_rows(c), 3, 0).result);
     check_same_bits(c, plain, Run(c, data, all_rows(c), 1, 2).result);
     check_same_bits(c, plain, Run(c, data, all_rows(c), 2, 6).result);
+    check_same_bits(c, plain, Run(c, data, all_rows(c), 2, 6, 2).result);
   });
 }
 

@@ -177,6 +177,27 @@ TEST(a_part_of_the_batch_each) {
   }
 }
 
+// Where a step has two parts, fewer rows are enough: nobody then waits between them.
+TEST(two_parts_of_a_step) {
+  for (bool backward : {false, true}) {
+    for (int64_t batch : {1, 4, 7, 8, 16, 21, 64}) {
+      check::Scope scope("batch ", batch, backward ? ", backward" : ", forward");
+      PlanInput in = input(50, batch, 128, 128, 2);
+      in.backward = backward;
+      in.two_parts = true;
+      const Plan plan = make_plan(in);
+      CHECK_EQ(plan.shares, batch < 8 ? 0 : 2);
+      in.max_threads = 1;
+      CHECK_EQ(make_plan(in).row_block, plan.row_block);
+      CHECK_EQ(make_plan(in).chunk_steps, plan.chunk_steps);
+    }
+    PlanInput in = input(50, 16, 1024, 1024, 2);  // weights that every member would have to read
+    in.backward = backward;
+    in.two_parts = true;
+    CHECK_EQ(make_plan(in).shares, 0);
+  }
+}
+
 // Whether a stack is cut into chunks depends on the shapes alone, who works on them also on the
 // threads on offer.
 TEST(wavefront) {

@@ -1,0 +1,259 @@
+// What follows from the gate gradients of a chunk, while they are in the cache: gradients of
+// weights and biases as large products over all its rows, and that of the input.
+#pragma once
+
+#include "backward.h"
+
+namespace rnn_ext::RNN_EXT_ISA {
+
+template <class P, class Cell>
+void BackwardPass<P, Cell>::products(Member& team, int64_t s, int64_t end) const {
+  pack_chunk(team, s, end);
+  weight_gradients(team, s, end);
+  if (call.dx.data)
+    for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
+}
+
+// Left operands in blocks (with the bias sums, which read the same values), right ones in panels.
+template <class P, class Cell>
+void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end) const {
+  const int64_t gate_blocks = blocks_of(gate_rows, kMaxRowBlock);
+  const int64_t projection_blocks = blocks_of(shape.proj_size, kMaxRowBlock);
+  const int64_t hidden_blocks = blocks_of(shape.hidden_size, kMaxRowBlock);
+  const int64_t counts[] = {gate_blocks,
+                            gate_blocks,
+                            projection_blocks,
+                            input_columns.panels(),
+                            state_columns.panels(),
+                            hidden_columns.panels(),
+                            norm ? gate_blocks : 0,
+                            norm && Cell::kHasCellState ? hidden_blocks : 0};
+  const int64_t groups = row_groups(shape, plan);
+  int64_t jobs = 0;
+  for (int64_t count : counts) jobs += count;
+  team.for_each(shape.directions * jobs, [&](int64_t job) {
+    const int d = int(job / jobs);
+    const Direction& w = directions[d];
+    const DirectionGradients<T>& g = call.gradients[d];
+    const StepRange range = range_at(shape, reversed(d), s, end);
+    int64_t i = job % jobs;
+    int kind = 0;
+    while (i >= counts[kind]) i -= counts[kind++];
+    switch (kind) {
+      case 0: {
+        const bool both = !splits;
+        pack_left(w.dgx[slot(s)], gate_rows, range.rows, i,
+                  both && !two_stages && !w.ih.left ? w.hh.left : w.ih.left, gate_rows);
+        if (two_stages) {
+          const int64_t H = shape.hidden_size;
+          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.hh.left, 2 * H);
+          pack_left(w.dgx[slot(s)] + 2 * H, gate_rows, range.rows, i, w.candidate.left, H);
+        }
+        if (norm) return;
+        return sum_rows(w.dgx[slot(s)], gate_rows, range.rows, i, s == 0, g.b_ih,
+                        both ? g.b_hh : nullptr);
+      }
+      case 1:
+        if (!splits) return;
+        pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, gate_rows);
+        if (norm) return;
+        return sum_rows(w.dgh[slot(s)], gate_rows, range.rows, i, s == 0, g.b_hh, nullptr);
+      case 2:
+        return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left, shape.proj_size);
+      case 3:
+        return pack_right(range, i, w.ih,
+                          [&](int64_t, int64_t t, int64_t b) { return call.x.at(shape, t, b); });
+      case 4:
+        if (two_stages)
+          pack_right(
+              range, i, w.candidate,
+              [&](int64_t row, int64_t, int64_t) {
+                return static_cast<const T*>(w.reset_h) + row * padded(shape.hidden_size);
+              },
+              features.hidden_mask[d]);
+        return pack_right(
+            range, i, w.hh, [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); },
+            features.hidden_mask[d]);
+      case 5:
+        return pack_right(range, i, w.hr, [&](int64_t row, int64_t, int64_t) {
+          return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);
+        });
+      case 6:
+        take_sums(w.sums.ih, gate_rows, groups, i, s == 0, g.norm_ih, nullptr);
+        take_sums(w.sums.hh, gate_rows, groups, i, s == 0, g.norm_hh, nullptr);
+        take_sums(w.sums.b_ih, gate_rows, groups, i, s == 0, g.b_ih,
+                  Cell::kSplitsGradient ? nullptr : g.b_hh);
+        if (Cell::kSplitsGradient)
+          take_sums(w.sums.b_hh, gate_rows, groups, i, s == 0, g.b_hh, nullptr);
+        return;
+      case 7:
+        take_sums(w.sums.c, shape.hidden_size, groups, i, s == 0, g.norm_c, nullptr);
+        take_sums(w.sums.c_bias, shape.hidden_size, groups, i, s == 0, g.norm_c_bias, nullptr);
+    }
+  });
+}
+
+template <class P, class Cell>
+void BackwardPass<P, Cell>::pack_left(const T* from, int64_t ld, int64_t rows, int64_t block,
+                                      Element* blocks, int64_t m) {
+  if (!blocks || block * kMaxRowBlock >= m) return;
+  constexpr int kVectors = int(kMaxRowBlock) / kLanes<T>;
+  const int64_t first = block * kMaxRowBlock;
+  Element* out = blocks + first * elements<P>(rows);
+  for (int64_t r = 0; r < rows; ++r)
+    pack_row<P>(from + r * ld + first, m - first, kVectors, r, out);
+}
+
+// A block of columns of the (rows, n) sources, summed over the rows.
+template <class P, class Cell>
+void BackwardPass<P, Cell>::sum_rows(const T* from, int64_t n, int64_t rows, int64_t block,
+                                     bool first_chunk, T* bias, T* also) const {
+  if (!bias && !also) return;
+  const int64_t first = block * kMaxRowBlock;
+  const int64_t last = first + kMaxRowBlock < n ? first + kMaxRowBlock : n;
+  for (int64_t column = first; column < last; column += kLanes<T>) {
+    const int64_t rest = last - column;
+    Vec<T> sum = {};
+    for (int64_t r = 0; r < rows;) {  // in two levels: the error grows with the square root
+      const int64_t end = r + kSumRows < rows ? r + kSumRows : rows;
+      Vec<T> part = {};
+      for (; r < end; ++r) part += load_upto(from + r * n + column, rest);
+      sum += part;
+    }
+    for (T* to : {bias, also})
+      if (to) store_upto(to + column, first_chunk ? sum : load_upto(to + column, rest) + sum, rest);
+  }
+}
+
+// The same of a normalized layer's sums by groups, which begin again at zero.
+template <class P, class Cell>
+void BackwardPass<P, Cell>::take_sums(T* from, int64_t n, int64_t groups, int64_t block,
+                                      bool first_chunk, T* to, T* also) const {
+  sum_rows(from, n, groups, block, first_chunk, to, also);
+  const int64_t first = block * kMaxRowBlock, rest = n - first;
+  for (int64_t group = 0; group < groups; ++group)
+    zero_row(from + group * n + first, rest < kMaxRowBlock ? rest : kMaxRowBlock);
+}
+
+// `mask` (B, count of columns): factors of the source's rows, null means ones.
+template <class P, class Cell>
+template <class Source>
+void BackwardPass<P, Cell>::pack_right(const StepRange& range, int64_t panel,
+                                       const WeightGradient& gradient, Source&& source,
+                                       const T* mask) const {
+  if (!gradient.right) return;
+  const int vectors = gradient.n.vectors(panel);
+  const int64_t first = gradient.n.first(panel);
+  Element* to = gradient.right + gradient.n.offset(panel, elements<P>(range.rows));
+  for_rows(shape, range, 0, range.rows, [&](int64_t row, int64_t t, int64_t b) {
+    const T* const from = source(row, t, b);
+    const T* values = from ? from + first : nullptr;
+    const int64_t count = gradient.n.count - first;
+    alignas(64) T masked[Columns<T>::kWidth];
+    if (values && mask) {
+      const T* factor = state_row(mask, shape, b, gradient.n.count) + first;
+      for (int64_t i = 0; i < Columns<T>::kWidth && i < count; i += kLanes<T>)
+        store(masked + i, load_upto(values + i, count - i) * load_upto(factor + i, count - i));
+      values = masked;
+    }
+    pack_row<P>(values, count, vectors, row, to);
+  });
+}
+
+template <class P, class Cell>
+void BackwardPass<P, Cell>::weight_gradients(Member& team, int64_t s, int64_t end) const {
+  struct Part {
+    const WeightGradient* gradient;
+    int64_t rows, jobs;
+  } parts[4 * kMaxDirections];
+  int n = 0;
+  int64_t jobs = 0;
+  for (int d = 0; d < shape.directions; ++d) {
+    const int64_t rows = range_at(shape, reversed(d), s, end).rows;
+    for (const WeightGradient* g :
+         {&directions[d].ih, &directions[d].hh, &directions[d].hr, &directions[d].candidate}) {
+      if (!g->out) continue;
+      parts[n] = {g, rows, g->n.panels() * blocks_of(g->m, kMaxRowBlock)};
+      jobs += parts[n++].jobs;
+    }
+  }
+  team.for_each(jobs, [&](int64_t i) {
+    const Part* part = parts;
+    while (i >= part->jobs) i -= (part++)->jobs;
+    const int64_t blocks = blocks_of(part->gradient->m, kMaxRowBlock);
+    weight_tile(*part->gradient, i / blocks, i % blocks, part->rows, s == 0);
+  });
+}
+
+template <class P, class Cell>
+void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t panel, int64_t block,
+                                        int64_t rows, bool first_chunk) {
+  const int64_t m = block * kMaxRowBlock, count = g.m - m < kMaxRowBlock ? g.m - m : kMaxRowBlock;
+  const int64_t first = g.n.first(panel);
+  const int vectors = g.n.vectors(panel);
+  const int64_t width = vectors * kLanes<T>;
+  alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+  const int64_t depth = elements<P>(rows);
+  multiply_panel<P>(vectors, count, depth, {g.left + m * depth, 1, kMaxRowBlock},
+                    g.right + g.n.offset(panel, depth), nullptr, 0, tile, width);
+  for (int64_t r = 0; r < count; ++r) {
+    T* out = g.out + (m + r) * g.n.count + first;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t rest = g.n.count - first - v * kLanes<T>;
+      Vec<T> sum = load(tile + r * width + v * kLanes<T>);
+      if (!first_chunk) sum += load_upto(out + v * kLanes<T>, rest);
+      store_upto(out + v * kLanes<T>, sum, rest);
+    }
+  }
+}
+
+// dx = dgx W_ih. Of two directions the one that reaches a step first writes, the other adds: a
+// sum of two terms is the same either way. Their chunks run in separate phases. A job packs the
+// panel it needs into its member's own space: a copy of all of W_ih would count in peak memory.
+template <class P, class Cell>
+void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64_t end) const {
+  const StepRange range = range_at(shape, reversed(d), s, end);
+  const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kMaxRowBlock);
+  const int64_t most = blocks_of(team.members(), panels);  // fewer panels than members: share them
+  const int64_t shares = most < blocks ? most : blocks;
+  Element* panel_of_member = w_ih + team.id() * gate_depth() * Columns<T>::kWidth;
+  team.for_each(panels * shares, [&](int64_t i) {
+    const int64_t panel = i / shares, share = i % shares;
+    const DirectionWeights<T>& from = call.weights[d];
+    pack_panel(from.w_ih, from.ld_ih, gate_rows, input_columns, panel, panel_of_member);
+    for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
+      input_tile(d, panel, panel_of_member, range, block * kMaxRowBlock, s);
+  });
+}
+
+template <class P, class Cell>
+void BackwardPass<P, Cell>::input_tile(int d, int64_t panel, const Element* packed,
+                                       const StepRange& range, int64_t begin, int64_t s) const {
+  const int64_t rows = range.rows - begin < kMaxRowBlock ? range.rows - begin : kMaxRowBlock;
+  const int64_t first = input_columns.first(panel), chunk = s / plan.chunk_steps;
+  const int vectors = input_columns.vectors(panel);
+  const int64_t width = vectors * kLanes<T>;
+  alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+  const Element* dg = directions[d].dgx_operand[slot(s)] + begin * gate_depth();
+  multiply_panel<P>(vectors, rows, gate_depth(), {dg, gate_depth()}, packed, nullptr, 0, tile,
+                    width);
+  for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
+    const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
+    T* dx = call.dx.at(shape, t, b) + first;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t rest = shape.input_size - first - v * kLanes<T>;
+      Vec<T> sum = load(tile + (row - begin) * width + v * kLanes<T>);
+      if (add) sum += load_upto(dx + v * kLanes<T>, rest);
+      store_upto(dx + v * kLanes<T>, sum, rest);
+    }
+  });
+}
+
+template <class P, class Cell>
+bool BackwardPass<P, Cell>::other_was_here(int d, int64_t t, int64_t chunk) const {
+  const int64_t position = d == 0 ? t : shape.steps - 1 - t;  // of the other direction
+  const int64_t other = position / plan.chunk_steps;
+  return d == 0 ? other < chunk : other <= chunk;
+}
+
+}  // namespace rnn_ext::RNN_EXT_ISA
