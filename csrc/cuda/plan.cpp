@@ -39,8 +39,8 @@ constexpr double kBarrierTrips = 4;  // to L2: the last store, the release, the 
 constexpr double kCyclesPerArrival = 2;  // additions to one counter are done one by one
 constexpr double kL2BytesPerClock = 64;  // into one SM
 constexpr double kSharedBytesPerClock = 128;
-// Between blocks of a cluster, as published for the H100: from a store to its arrival, and bytes
-// out of one SM.
+// Between blocks of a cluster: from a store to its arrival, and bytes out of one SM. Of the order
+// of what arXiv 2402.13499 measures between multiprocessors of an H800.
 constexpr double kClusterCycles = 200;
 constexpr double kClusterTrips = 2;  // the last store, the barrier's own signal
 constexpr double kClusterBytesPerClock = 11;

@@ -447,8 +447,9 @@ std::vector<SmallKernel> small_kernels() {
       planted(
           "block that is not of the cluster", Fault::kOutOfBounds, "ring write",
           [] { return run_ring<kWrongRank>(); }, false),
-      planted("another block's shared memory outside", Fault::kOutOfBounds, "ring write",
-              [] { return run_ring<kSharedOutside>(); }),
+      planted(
+          "outside of another block's shared memory", Fault::kOutOfBounds, "ring write",
+          [] { return run_ring<kSharedOutside>(); }, false),
       planted(
           "clusters that do not divide the launch", Fault::kLaunch, "",
           [] {
