@@ -98,17 +98,17 @@ RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
 
 inline constexpr bool kHasClusters = RNN_EXT_SM90;
 
-// Like __syncthreads(), these are met by whole warps.
+// Not .aligned: lanes of a warp may come one after the other, the hardware counts threads.
 RNN_EXT_DEVICE void cluster_arrive() {
 #if RNN_EXT_SM90
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #else
   __trap();
 #endif
 }
 RNN_EXT_DEVICE void cluster_wait() {
 #if RNN_EXT_SM90
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __trap();
 #endif
