@@ -149,7 +149,16 @@ def test_bench_explains_a_device_that_is_not_there(capsys, monkeypatch, device, 
     else:
         for part in ("layer 0 forward", "layer 0 backward", "layers 1 to 2 backward", "floor"):
             assert part in out
-        assert ("persistent" in out) or ("stepwise" in out)
+        assert any(method in out for method in ("cluster, ", "persistent, ", "stepwise, "))
+
+
+@pytest.mark.parametrize(("device", "method"), [("h100", "cluster"), ("a100", "persistent")])
+def test_explains_which_devices_have_clusters(capsys, device, method):
+    shape = ["--steps", "200", "--batch", "64", "--hidden", "128", "--dtype", "bfloat16"]
+    assert _cli.main(["bench", "--explain", "--device-model", device, *shape]) == 0
+    out = capsys.readouterr().out
+    assert f"layer 0 forward: {method}, " in out
+    assert ("cluster_blocks 0" in out) == (method != "cluster")
 
 
 def test_prediction_for_float32_follows_torchs_setting_for_tf32(capsys):

@@ -16,11 +16,13 @@ struct BackwardRun : LayerRun<T, Backward<T>> {
   Status run() {
     with_cell(shape.cell, [&](auto cell) {
       using Cell = decltype(cell);
-      if (plan.method == Method::kPersistent)
-        with_cut<Cell, T, true>(plan.cut,
-                                [&](auto cut) { persistent<Cell, decltype(cut)::value>(); });
+      with_exchange(plan.method, [&](auto exchange) {
+        with_cut<Cell, T, true>(plan.cut, [&](auto cut) {
+          persistent<Cell, decltype(cut)::value, decltype(exchange)::value>();
+        });
+      });
       for (int d = 0; d < shape.directions; ++d) {
-        if (plan.method != Method::kPersistent) stepwise<Cell>(d);
+        if (plan.method == Method::kStepwise) stepwise<Cell>(d);
         weight_gradients<Cell>(d);
       }
     });
@@ -44,7 +46,7 @@ struct BackwardRun : LayerRun<T, Backward<T>> {
     return this->template at<T>(w.dgates_h, d * shape.rows() * gate_rows);
   }
 
-  template <class Cell, Cut kCut>
+  template <class Cell, Cut kCut, Exchange kExchange>
   void persistent() {
     this->template prepare_exchange<Cell, true, kCut>(nullptr);
     PersistentBackward<T> p;
@@ -57,7 +59,7 @@ struct BackwardRun : LayerRun<T, Backward<T>> {
                          call.dh_n[d],          call.dc_n[d],
                          call.gradients[d].h_0, call.gradients[d].c_0,
                          dgates_x(d),           dgates_h(d)};
-    this->launch_persistent(true, persistent_backward_kernel<Cell, T, kCut>, p);
+    this->launch_persistent(true, persistent_backward_kernel<Cell, T, kCut, kExchange>, p);
   }
 
   int64_t step_of(int d, int64_t s) const { return step_at(shape, 1 - d, s); }

@@ -16,10 +16,12 @@ struct ForwardRun : LayerRun<T, Forward<T>> {
   Status run() {
     with_cell(shape.cell, [&](auto cell) {
       using Cell = decltype(cell);
-      if (plan.method == Method::kPersistent)
-        with_cut<Cell, T, false>(plan.cut,
-                                 [&](auto cut) { persistent<Cell, decltype(cut)::value>(); });
-      else
+      with_exchange(plan.method, [&](auto exchange) {
+        with_cut<Cell, T, false>(plan.cut, [&](auto cut) {
+          persistent<Cell, decltype(cut)::value, decltype(exchange)::value>();
+        });
+      });
+      if (plan.method == Method::kStepwise)
         for (int d = 0; d < shape.directions; ++d) stepwise<Cell>(d);
     });
     return queue.error;
@@ -66,7 +68,7 @@ struct ForwardRun : LayerRun<T, Forward<T>> {
     return end < shape.steps ? end : shape.steps;
   }
 
-  template <class Cell, Cut kCut>
+  template <class Cell, Cut kCut, Exchange kExchange>
   void persistent() {
     this->template prepare_exchange<Cell, false, kCut>(call.h_0);
     for (int64_t begin = 0; begin < shape.steps; begin = chunk_end(begin)) {
@@ -80,7 +82,7 @@ struct ForwardRun : LayerRun<T, Forward<T>> {
             call.weights[d], call.h_0[d], call.c_0[d], call.h_n[d],
             call.c_n[d],     state(d),    gates_x(d),  project_input(d, p.begin, p.end),
             call.reserve[d]};
-      this->launch_persistent(false, persistent_forward_kernel<Cell, T, kCut>, p);
+      this->launch_persistent(false, persistent_forward_kernel<Cell, T, kCut, kExchange>, p);
     }
   }
 

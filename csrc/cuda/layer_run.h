@@ -53,6 +53,15 @@ void with_cut(Cut cut, F&& f) {
   try_one(std::integral_constant<Cut, Cut::kWide>{});
 }
 
+// The same with the exchange.
+template <class F>
+void with_exchange(Method method, F&& f) {
+  if (method == Method::kPersistent)
+    f(std::integral_constant<Exchange, Exchange::kMemory>{});
+  else if (method == Method::kCluster)
+    f(std::integral_constant<Exchange, Exchange::kCluster>{});
+}
+
 // Queues work until something fails.
 struct Queue {
   const Multiplier& multiplier;
@@ -62,7 +71,7 @@ struct Queue {
   template <class... Parameters>
   void launch(int64_t blocks, void (*kernel)(Parameters...),
               std::type_identity_t<Parameters>... arguments) {
-    start({unsigned(blocks), kThreads, 0, stream, false}, kernel, arguments...);
+    start({unsigned(blocks), kThreads, 0, stream}, kernel, arguments...);
   }
   // Enough blocks for `count` threads: kernels stride over what is left.
   template <class... Parameters>
@@ -165,9 +174,11 @@ struct LayerRun {
     GroupLayout g;
     g.shape = device_shape;
     g.shared = shared_layout(num_gates(shape.cell), num_saved(shape.cell), backward, dtype_of<T>(),
-                             plan.cut, shape.hidden_size, plan.group_rows);
+                             plan.cut, exchange_of(plan.method), plan.unit_passes,
+                             shape.hidden_size, plan.group_rows);
     g.unit_blocks = plan.unit_blocks;
     g.groups = plan.groups;
+    g.unit_passes = plan.unit_passes;
     g.first_direction = first_direction;
     g.group_rows = plan.group_rows;
     g.linear = call.linear_activations;
@@ -177,6 +188,7 @@ struct LayerRun {
 
   template <class Cell, bool kBackward, Cut kCut>
   void prepare_exchange(const T* const* h_0) {
+    if (plan.method == Method::kCluster) return;  // each block fills its own
     PrepareExchange<T> p;
     p.exchange = at<T>(w.exchange);
     p.counters = at<uint32_t>(w.counters);
@@ -194,13 +206,19 @@ struct LayerRun {
                       p);
   }
 
-  // One launch for all directions, or one for each.
+  // One launch for all directions, or one for each. Clusters are resident as a whole and never wait
+  // for each other; other groups' blocks all have to be resident.
   template <class Kernel, class Parameters>
   void launch_persistent(bool backward, Kernel kernel, Parameters& p) {
     for (int d = 0; d < shape.directions; d += plan.directions_at_once) {
       p.group = group_layout(backward, d);
-      queue.start({unsigned(plan.grid), kThreads, size_t(p.group.shared.bytes), queue.stream, true},
-                  kernel, p);
+      LaunchConfig config{unsigned(plan.grid), kThreads, size_t(p.group.shared.bytes),
+                          queue.stream};
+      if (plan.method == Method::kCluster)
+        config.cluster = unsigned(plan.unit_blocks);
+      else
+        config.cooperative = true;
+      queue.start(config, kernel, p);
     }
   }
 };

@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kKiB = 1024, kMiB = kKiB * kKiB;
 
 // name, capability, SMs, shared memory of a block and of an SM, registers, threads, L2, its rate,
-// clock, memory, multiply-adds per clock and SM: f32, f64, tensor. The rates of L2 are published
-// measurements for v100 to h100 and estimates for the others.
+// clock, memory, multiply-adds per clock and SM: f32, f64, tensor; cooperative, largest cluster.
+// The rates of L2 are published measurements for v100 to h100 and estimates for the others.
 constexpr Device kDevices[] = {
     {"v100", 70, 80, 96 * kKiB, 96 * kKiB, 65536, 2048, 6 * kMiB, 2.1e12, 1.53e9, 0.90e12, 64, 32,
      512},
@@ -27,11 +27,11 @@ constexpr Device kDevices[] = {
     {"rtx4090", 89, 128, 99 * kKiB, 100 * kKiB, 65536, 1536, 72 * kMiB, 4.0e12, 2.52e9, 1.01e12,
      128, 2, 256},
     {"h100", 90, 132, 227 * kKiB, 228 * kKiB, 65536, 2048, 50 * kMiB, 5.6e12, 1.83e9, 3.35e12, 128,
-     64, 2048},
+     64, 2048, true, kMaxCluster},
     {"b200", 100, 148, 227 * kKiB, 228 * kKiB, 65536, 2048, 126 * kMiB, 8.0e12, 1.85e9, 8.0e12, 128,
-     64, 4096},
+     64, 4096, true, kMaxCluster},
     {"rtx5090", 120, 170, 99 * kKiB, 100 * kKiB, 65536, 1536, 96 * kMiB, 6.0e12, 2.41e9, 1.79e12,
-     128, 2, 256},
+     128, 2, 256, true, kMaxCluster},
 };
 
 constexpr double kL2Cycles = 270;    // from a load to its value
@@ -39,6 +39,11 @@ constexpr double kBarrierTrips = 4;  // to L2: the last store, the release, the 
 constexpr double kCyclesPerArrival = 2;  // additions to one counter are done one by one
 constexpr double kL2BytesPerClock = 64;  // into one SM
 constexpr double kSharedBytesPerClock = 128;
+// Between blocks of a cluster: from a store to its arrival, and bytes out of one SM. Of the order
+// of what arXiv 2402.13499 measures between multiprocessors of an H800.
+constexpr double kClusterCycles = 200;
+constexpr double kClusterTrips = 2;  // the last store, the barrier's own signal
+constexpr double kClusterBytesPerClock = 11;
 constexpr double kPassCycles = 300;  // partial sums through shared memory, activations, stores
 constexpr double kPairCycles = 60;   // for every further unit and row of a thread
 constexpr double kLaunchSeconds = 2.5e-6;  // between kernels of a stream
@@ -129,40 +134,57 @@ int64_t chunk_steps(const PlanInput& in) {
   return std::clamp<int64_t>(kMaxProjectionBytes / step, 1, s.T);
 }
 
+// Of a persistent kernel, however its blocks exchange.
 Costs persistent_costs(const PlanInput& in, const Plan& plan) {
   const Sizes s(in);
   const Device& device = in.device;
-  const bool lanes = plan.cut == Cut::kLanes;
+  const bool lanes = plan.cut == Cut::kLanes, clusters = plan.method == Method::kCluster;
   const Tiling t = tiling(s.gates, in.backward, plan.cut);
   const double depth_bytes = double(depth(s.gates, in.backward, s.H) * s.e);
-  const double launches = double(s.D / plan.directions_at_once);    // one after the other
-  const double sharing = double(blocks_of(plan.grid, device.sms));  // blocks of an SM
+  // How often all steps are done, one after the other: for each direction, or because no more
+  // clusters are resident.
+  const int64_t resident = int64_t(device.sms / plan.unit_blocks) * plan.blocks_per_sm;
+  const double launches = clusters ? double(blocks_of(plan.groups * s.D, resident))
+                                   : double(s.D / plan.directions_at_once);
+  const double sharing =
+      clusters ? 1 : double(blocks_of(plan.grid, device.sms));  // blocks of an SM
   const double rows = double(rounded_up(plan.group_rows, kRowTile));
-  const double passes = double(blocks_of(plan.group_rows, kPassRows));
+  const double unit_passes = plan.unit_passes;
+  const double passes = double(blocks_of(plan.group_rows, kPassRows)) * unit_passes;
   const double steps = double(s.T) * launches;
 
   Costs costs;
   costs.products = large_products(in);
-  costs.start = launches * double(blocks_of(s.T, plan.chunk_steps)) *
-                (kCooperativeSeconds + kLaunchSeconds +
-                 double(plan.grid) * double(t.rows()) * depth_bytes / device.memory_rate);
+  costs.start =
+      launches * double(blocks_of(s.T, plan.chunk_steps)) *
+      ((clusters ? kLaunchSeconds : kCooperativeSeconds) + kLaunchSeconds +
+       double(plan.grid) * unit_passes * double(t.rows()) * depth_bytes / device.memory_rate);
   const double read = depth_bytes * rows * kWarps / t.slots;  // each value by so many warps
-  costs.exchange = steps * (kL2Cycles / device.clock +
-                            std::max(read * sharing / (kL2BytesPerClock * device.clock),
-                                     read * double(plan.grid) / device.l2_rate));
-  costs.barrier =
-      steps * (kBarrierTrips * kL2Cycles + kCyclesPerArrival * plan.unit_blocks) / device.clock;
+  double shared_reads = 0;
+  if (clusters) {
+    const double peers = plan.unit_blocks - 1;
+    const double own = unit_passes * t.units * (in.backward ? s.gates : 1) * rows * double(s.e);
+    costs.exchange = steps * own * peers / (kClusterBytesPerClock * device.clock);
+    costs.barrier = peers > 0 ? steps * kClusterTrips * kClusterCycles / device.clock : 0;
+    shared_reads = read * unit_passes;
+  } else {
+    costs.exchange = steps * (kL2Cycles / device.clock +
+                              std::max(read * sharing / (kL2BytesPerClock * device.clock),
+                                       read * double(plan.grid) / device.l2_rate));
+    costs.barrier =
+        steps * (kBarrierTrips * kL2Cycles + kCyclesPerArrival * plan.unit_blocks) / device.clock;
+  }
   // Weights are read from shared memory once for each pass, without tensor cores for every few
   // rows.
-  const double weight_reads = lanes ? rows / (in.dtype == DType::kFloat64 ? 2 : 4) : passes;
-  const double fma = double(t.rows()) * depth_bytes / double(s.e) * rows;
+  const double weight_reads =
+      lanes ? unit_passes * rows / (in.dtype == DType::kFloat64 ? 2 : 4) : passes;
+  const double fma = unit_passes * double(t.rows()) * depth_bytes / double(s.e) * rows;
   const double per_clock = in.dtype == DType::kFloat64 ? device.fma_f64 : device.fma_f32;
   const double rate = lanes ? per_clock * device.clock : peak(in) / double(device.sms) * kMmaShare;
-  costs.multiply = steps * sharing *
-                   std::max(double(t.rows()) * depth_bytes * weight_reads /
-                                (kSharedBytesPerClock * device.clock),
-                            fma / rate);
-  const double pairs = rows * t.units / kThreads;
+  shared_reads += double(t.rows()) * depth_bytes * weight_reads;
+  costs.multiply =
+      steps * sharing * std::max(shared_reads / (kSharedBytesPerClock * device.clock), fma / rate);
+  const double pairs = rows * t.units * unit_passes / kThreads;
   costs.cell = steps * ((passes * kPassCycles + pairs * kPairCycles * sharing) / device.clock +
                         streamed_bytes(in) / launches / device.memory_rate);
   return costs;
@@ -195,7 +217,7 @@ Plan refused(const PlanInput& in, const char* reason) {
 
 Plan finished(const PlanInput& in, Plan plan) {
   plan.chunk_steps = chunk_steps(in);
-  plan.costs = plan.method == Method::kPersistent ? persistent_costs(in, plan) : stepwise_costs(in);
+  plan.costs = plan.method == Method::kStepwise ? stepwise_costs(in) : persistent_costs(in, plan);
   plan.floor_seconds = floor_seconds(in);
   plan.workspace_bytes = workspace(in, plan).bytes;
   return plan;
@@ -209,32 +231,57 @@ Plan plan_stepwise(const PlanInput& in) {
   return finished(in, plan);
 }
 
+// Why kernels of this cut do not run, whatever their size; null if they do.
+const char* refusal(const PlanInput& in, Cut cut) {
+  const Device& device = in.device;
+  if (!has_cut(in.dtype, num_gates(in.shape.cell), in.backward, cut)) return "no such kernel";
+  if (device.capability < 75) return "compute capability below 7.5";
+  if (cut != Cut::kLanes && device.capability < 80)
+    return "tensor cores before compute capability 8.0";
+  if (cut != Cut::kLanes && in.dtype == DType::kFloat32 && !in.allow_tf32)
+    return "float32 products are not to be rounded to tf32";
+  if (in.shape.proj_size > 0) return "a projection is a second product in each step";
+  return nullptr;
+}
+
+bool is_better(const Plan& plan, const Plan& best) {
+  return plan.method != Method::kRefused &&
+         (best.method == Method::kRefused || plan.costs.total() < best.costs.total());
+}
+
+// Calls visit(groups, rows of a group) for every way to cut the batch.
+template <class Visit>
+void for_groups(int64_t batch, Exchange exchange, Visit&& visit) {
+  for (int64_t rows = max_group_rows(exchange); rows > 0; rows -= kRowTile) {
+    const int64_t groups = blocks_of(batch, rows);
+    if (rounded_up(blocks_of(batch, groups), kRowTile) != rows) continue;  // fewer rows do as well
+    visit(groups, groups == 1 ? batch : rows);
+  }
+}
+
+// Whether blocks of this plan fit a multiprocessor; says what they take.
+bool fits(const PlanInput& in, Plan& plan) {
+  const Sizes s(in);
+  plan.shared_bytes =
+      shared_layout(s.gates, s.saved, in.backward, in.dtype, plan.cut, exchange_of(plan.method),
+                    plan.unit_passes, s.H, plan.group_rows)
+          .bytes;
+  plan.blocks_per_sm =
+      int(std::min<int64_t>({in.device.shared_per_sm / (plan.shared_bytes + kReservedShared),
+                             in.device.threads_per_sm / kThreads, kBlocksByRegisters}));
+  return plan.shared_bytes <= in.device.shared_per_block && plan.blocks_per_sm > 0;
+}
+
 Plan plan_persistent(const PlanInput& in, Cut cut) {
   const Sizes s(in);
   const Device& device = in.device;
-  if (!has_cut(in.dtype, s.gates, in.backward, cut)) return refused(in, "no such kernel");
-  if (device.capability < 75) return refused(in, "compute capability below 7.5");
+  if (const char* reason = refusal(in, cut)) return refused(in, reason);
   if (!device.cooperative) return refused(in, "the device has no cooperative launches");
-  if (cut != Cut::kLanes && device.capability < 80)
-    return refused(in, "tensor cores before compute capability 8.0");
-  if (cut != Cut::kLanes && in.dtype == DType::kFloat32 && !in.allow_tf32)
-    return refused(in, "float32 products are not to be rounded to tf32");
-  if (in.shape.proj_size > 0) return refused(in, "a projection is a second product in each step");
   const Tiling t = tiling(s.gates, in.backward, cut);
   const int64_t unit_blocks = blocks_of(s.H, t.units);
   Plan best = refused(in, "W_hh does not fit on the chip");
-  for (int together = int(s.D); together >= 1; --together) {
-    for (int64_t groups = blocks_of(s.B, kMaxGroupRows); groups <= blocks_of(s.B, kRowTile);
-         ++groups) {
-      const int64_t rows = groups == 1 ? s.B : rounded_up(blocks_of(s.B, groups), kRowTile);
-      if (blocks_of(s.B, rows) != groups) continue;  // the last ones would be empty
-      const int64_t shared =
-          shared_layout(s.gates, s.saved, in.backward, in.dtype, cut, s.H, rows).bytes;
-      const int64_t per_sm =
-          std::min<int64_t>({device.shared_per_sm / (shared + kReservedShared),
-                             device.threads_per_sm / kThreads, kBlocksByRegisters});
-      const int64_t grid = unit_blocks * groups * together;
-      if (shared > device.shared_per_block || grid > per_sm * device.sms) continue;
+  for (int together = int(s.D); together >= 1; --together)
+    for_groups(s.B, Exchange::kMemory, [&](int64_t groups, int64_t rows) {
       Plan plan;
       plan.method = Method::kPersistent;
       plan.reason = "W_hh stays on the chip for all steps";
@@ -244,28 +291,65 @@ Plan plan_persistent(const PlanInput& in, Cut cut) {
       plan.groups = int(groups);
       plan.group_rows = rows;
       plan.directions_at_once = together;
+      const int64_t grid = unit_blocks * groups * together;
+      if (!fits(in, plan) || grid > int64_t(plan.blocks_per_sm) * device.sms) return;
       plan.grid = int(grid);
-      plan.blocks_per_sm = int(per_sm);
-      plan.shared_bytes = shared;
       plan = finished(in, plan);
-      if (best.method == Method::kRefused || plan.costs.total() < best.costs.total()) best = plan;
-    }
+      if (is_better(plan, best)) best = plan;
+    });
+  return best;
+}
+
+// Clusters of 1, 2, 4 ... blocks, or of `size`: the fewer blocks, the more units each of them owns.
+Plan plan_cluster(const PlanInput& in, Cut cut, int size) {
+  const Sizes s(in);
+  const Device& device = in.device;
+  if (const char* reason = refusal(in, cut)) return refused(in, reason);
+  if (device.max_cluster < 1 || device.capability < 90)
+    return refused(in, "the device has no thread-block clusters");
+  const Tiling t = tiling(s.gates, in.backward, cut);
+  Plan best = refused(in, "W_hh does not fit in the shared memory of a cluster");
+  for (int blocks = 1; blocks <= std::min(device.max_cluster, kMaxCluster); blocks *= 2) {
+    const int64_t unit_passes = blocks_of(s.H, int64_t(blocks) * t.units);
+    if ((size > 0 && blocks != size) || unit_passes > max_unit_passes(Exchange::kCluster)) continue;
+    for_groups(s.B, Exchange::kCluster, [&](int64_t groups, int64_t rows) {
+      constexpr int64_t kMaxGrid = int64_t(1) << 30;
+      Plan plan;
+      plan.method = Method::kCluster;
+      plan.reason = "W_hh stays in a cluster for all steps";
+      plan.cut = cut;
+      plan.unit_passes = int(unit_passes);
+      plan.units = int(unit_passes) * t.units;
+      plan.unit_blocks = blocks;
+      plan.groups = int(groups);
+      plan.group_rows = rows;
+      plan.directions_at_once = int(s.D);
+      const int64_t grid = blocks * groups * s.D;
+      if (!fits(in, plan) || blocks > device.sms || grid > kMaxGrid) return;
+      plan.grid = int(grid);
+      plan = finished(in, plan);
+      if (is_better(plan, best)) best = plan;
+    });
   }
   return best;
 }
 
-Plan plan_persistent(const PlanInput& in) {
+// The best of `plan_cut` over the cuts of the type; else why the first does not run.
+template <class PlanCut>
+Plan best_cut(const PlanInput& in, PlanCut&& plan_cut) {
   Plan best;
   for (const Cut cut : kCuts) {
     if (!has_cut(in.dtype, num_gates(in.shape.cell), in.backward, cut)) continue;
-    const Plan plan = plan_persistent(in, cut);
-    const bool fits = plan.method == Method::kPersistent;
-    const bool first = best.reason[0] == 0;
-    if (first ||
-        (fits && (best.method == Method::kRefused || plan.costs.total() < best.costs.total())))
-      best = plan;
+    const Plan plan = plan_cut(cut);
+    if (best.reason[0] == 0 || is_better(plan, best)) best = plan;
   }
   return best;
+}
+Plan plan_persistent(const PlanInput& in) {
+  return best_cut(in, [&](Cut cut) { return plan_persistent(in, cut); });
+}
+Plan plan_cluster(const PlanInput& in, int size) {
+  return best_cut(in, [&](Cut cut) { return plan_cluster(in, cut, size); });
 }
 
 }  // namespace
@@ -296,20 +380,29 @@ Device with_rates(Device limits) {
   return device;
 }
 
-Plan make_plan(const PlanInput& in, Method method, const Cut* cut) {
-  return method == Method::kPersistent ? (cut ? plan_persistent(in, *cut) : plan_persistent(in))
-         : method == Method::kStepwise ? plan_stepwise(in)
-                                       : refused(in, "asked to refuse");
+Plan make_plan(const PlanInput& in, Method method, const Cut* cut, int cluster) {
+  switch (method) {
+    case Method::kStepwise:
+      return plan_stepwise(in);
+    case Method::kPersistent:
+      return cut ? plan_persistent(in, *cut) : plan_persistent(in);
+    case Method::kCluster:
+      return cut ? plan_cluster(in, *cut, cluster) : plan_cluster(in, cluster);
+    case Method::kRefused:
+      break;
+  }
+  return refused(in, "asked to refuse");
 }
 
 Plan make_plan(const PlanInput& in) {
-  const Plan persistent = plan_persistent(in);
+  const Plan persistent = plan_persistent(in), cluster = plan_cluster(in, 0);
+  const Plan& on_chip = is_better(cluster, persistent) ? cluster : persistent;
   Plan stepwise = plan_stepwise(in);
-  if (persistent.method == Method::kRefused) {
+  if (on_chip.method == Method::kRefused) {
     if (stepwise.method == Method::kStepwise) stepwise.reason = persistent.reason;
     return stepwise;
   }
-  if (persistent.costs.total() < stepwise.costs.total()) return persistent;
+  if (is_better(on_chip, stepwise)) return on_chip;
   stepwise.reason = "predicted to be faster than to keep W_hh on the chip";
   return stepwise;
 }
@@ -317,6 +410,7 @@ Plan make_plan(const PlanInput& in) {
 Workspace workspace(const PlanInput& in, const Plan& plan) {
   const Sizes s(in);
   const bool persistent = plan.method == Method::kPersistent;
+  const bool stepwise = plan.method == Method::kStepwise;
   const int64_t P = in.shape.proj_size, gate_rows = s.gates * s.H;
   const bool lstm = in.shape.cell == CellKind::kLstm, gru = in.shape.cell == CellKind::kGru;
   Workspace w;
@@ -340,12 +434,12 @@ Workspace workspace(const PlanInput& in, const Plan& plan) {
   w.state = take(s.D * s.B * s.H * s.c, lstm);
   if (!in.backward) {
     w.gates_x = take(s.D * chunk_rows * gate_rows * s.c);
-    w.gates_h = take(s.B * gate_rows * s.c, !persistent);
+    w.gates_h = take(s.B * gate_rows * s.c, stepwise);
     w.hidden = take(s.B * s.H * s.e, P > 0);
     return w;
   }
   w.carry = take(s.D * s.B * s.R * s.c);
-  w.product = take(s.B * std::max(s.R, s.H) * s.c, !persistent);
+  w.product = take(s.B * std::max(s.R, s.H) * s.c, stepwise);
   w.dgates_x = take(s.D * s.N * gate_rows * s.e);
   w.dgates_h = gru ? take(s.D * s.N * gate_rows * s.e) : w.dgates_x;
   w.hidden = take(s.N * s.H * s.e, P > 0);

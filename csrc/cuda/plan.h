@@ -24,6 +24,7 @@ struct Device {
   double fma_f64 = 0;
   double fma_tensor = 0;    // f16 and bf16 with f32 sums, as large products reach them; tf32: half
   bool cooperative = true;  // can a launch have all its blocks resident?
+  int max_cluster = 0;      // blocks of a thread-block cluster; 0: it has none
 };
 
 // Tables by name: v100 t4 a100 rtx3090 rtx4090 h100 b200 rtx5090. Null if there is no such name.
@@ -34,10 +35,14 @@ const Device* known_devices(int& count);
 Device with_rates(Device limits);
 
 enum class Method : int {
-  kRefused = 0,    // the engine does not run on this device
-  kStepwise = 1,   // a product and a cell kernel for each step
-  kPersistent = 2  // one cooperative launch for all steps
+  kRefused = 0,     // the engine does not run on this device
+  kStepwise = 1,    // a product and a cell kernel for each step
+  kPersistent = 2,  // one cooperative launch for all steps
+  kCluster = 3      // one launch for all steps, in which every group is a thread-block cluster
 };
+RNN_EXT_SHARED_INLINE constexpr Exchange exchange_of(Method method) {
+  return method == Method::kCluster ? Exchange::kCluster : Exchange::kMemory;
+}
 
 struct PlanInput {
   SequenceShape shape;
@@ -65,10 +70,11 @@ struct Costs {
 struct Plan {
   Method method = Method::kRefused;
   const char* reason = "";
-  // Persistent:
+  // Persistent and in clusters:
   Cut cut = Cut::kLanes;
   int units = 0;           // of a block
-  int unit_blocks = 0;     // blocks of a group: all units of a direction
+  int unit_passes = 1;     // of a block, over its units; more than one only in clusters
+  int unit_blocks = 0;     // blocks of a group, for all units of a direction: the cluster's size
   int groups = 0;          // the batch rows of a direction are cut into this many groups
   int64_t group_rows = 0;  // rows of each, but for the last one
   int directions_at_once = 1;
@@ -84,15 +90,16 @@ struct Plan {
 
 // shape: steps >= 1, batch >= 1, input_size >= 1, hidden_size >= 1.
 Plan make_plan(const PlanInput& input);
-// The same with the method given, and the cut if one is; kRefused if it cannot be.
-Plan make_plan(const PlanInput& input, Method method, const Cut* cut = nullptr);
+// The same with the method given, the cut if one is and the cluster's size if one is; kRefused if
+// it cannot be.
+Plan make_plan(const PlanInput& input, Method method, const Cut* cut = nullptr, int cluster = 0);
 
 // Parts of the workspace, as byte offsets, each a multiple of 256. A part that is not needed has no
 // bytes. The letters are those of sequence.h; T is the storage type, C the compute type.
 struct Workspace {
   int64_t batch_sizes = 0;  // (steps) int64, packed data only: the host's table on the device
   int64_t offsets = 0;      // (steps + 1) int64
-  int64_t counters = 0;     // (directions, groups) barrier counters, set to 0 before each launch
+  int64_t counters = 0;     // persistent: (directions, groups) barrier counters, set to 0 first
   int64_t counters_bytes = 0;
   int64_t exchange = 0;  // (directions, groups, 2, slot) T
   int64_t exchange_bytes = 0;

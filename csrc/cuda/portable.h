@@ -17,6 +17,10 @@
 //   block_barrier()                         all threads of the block, from the same line
 //   shuffle_xor(v, mask)                    all 32 lanes; 4- or 8-byte v; orders no memory
 //
+//   cluster_arrive() cluster_wait()         all threads of the cluster: releases, acquires
+//   store_to_block<T, N>(p, rank, v)        store_vector to where p is in that block of the cluster
+//   kHasClusters                            whether this compilation has them
+//
 //   load_acquire(p) fetch_add_release(p, v) uint32_t in global memory, device scope
 //
 //   load_vector<T, N>(p) store_vector(p, v) one access of N * sizeof(T) = 4, 8 or 16 bytes, aligned
@@ -125,6 +129,13 @@ struct GridBarrier {
       }
     block_barrier();
   }
+};
+
+// The same over the blocks of a thread-block cluster, which the hardware counts. What a thread has
+// stored before arrive(), in its own block or another, is visible to all behind wait().
+struct ClusterBarrier {
+  RNN_EXT_DEVICE void arrive() { cluster_arrive(); }
+  RNN_EXT_DEVICE void wait() { cluster_wait(); }
 };
 
 }  // namespace rnn_ext::cuda

@@ -34,6 +34,7 @@ struct LaunchConfig {
   size_t shared_bytes = 0;
   Stream stream = nullptr;
   bool cooperative = false;
+  unsigned cluster = 0;
 };
 
 namespace host {
@@ -49,6 +50,11 @@ void* dynamic_shared(size_t byte_offset);
 void block_barrier();
 enum class Shuffle { kIndex, kXor, kDown };
 uint64_t shuffle(Shuffle kind, uint64_t bits, int argument);
+
+void cluster_arrive(bool release);
+void cluster_wait();
+// Where p, in the running block's dynamic shared memory, is in that of a block of the cluster.
+void* in_block(void* p, int rank);
 
 uint32_t atomic_load(const uint32_t* p, bool acquire);
 uint32_t atomic_add(uint32_t* p, uint32_t v, bool release);
@@ -110,6 +116,11 @@ template <class T>
 RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
   return shuffle_as(host::Shuffle::kXor, v, mask);
 }
+
+inline constexpr bool kHasClusters = true;
+RNN_EXT_DEVICE void cluster_arrive() { host::cluster_arrive(true); }
+RNN_EXT_DEVICE void cluster_wait() { host::cluster_wait(); }
+
 RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) { return host::atomic_load(p, true); }
 RNN_EXT_DEVICE uint32_t fetch_add_release(uint32_t* p, uint32_t v) {
   return host::atomic_add(p, v, true);
@@ -123,6 +134,11 @@ template <class T, int N>
 RNN_EXT_DEVICE void store_vector(T* p, const Vector<T, N>& v) {
   host::wide_access(p, sizeof(Vector<T, N>));
   *reinterpret_cast<Vector<T, N>*>(p) = v;
+}
+template <class T, int N>
+RNN_EXT_DEVICE void store_to_block(T* p, int rank, const Vector<T, N>& v) {
+  static_assert(sizeof(v) == 16);
+  store_vector<T, N>(static_cast<T*>(host::in_block(p, rank)), v);
 }
 template <class T, int N>
 RNN_EXT_DEVICE Vector<T, N> load_vector_l2(const T* p) {

@@ -17,6 +17,11 @@
 #else
 #define RNN_EXT_SM80 1
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define RNN_EXT_SM90 0
+#else
+#define RNN_EXT_SM90 1
+#endif
 
 namespace rnn_ext::cuda {
 
@@ -30,6 +35,7 @@ struct LaunchConfig {
   size_t shared_bytes = 0;
   Stream stream = nullptr;
   bool cooperative = false;  // all blocks resident at once, or an error
+  unsigned cluster = 0;      // blocks of a thread-block cluster, which divides `blocks`; 0: none
 };
 
 template <class... Parameters>
@@ -44,6 +50,20 @@ Error launch(const LaunchConfig& config, void (*kernel)(Parameters...),
   }
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
   const dim3 grid(config.blocks), block(config.threads);
+  if (config.cluster > 0) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = config.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t clustered = {};
+    clustered.gridDim = grid;
+    clustered.blockDim = block;
+    clustered.dynamicSmemBytes = config.shared_bytes;
+    clustered.stream = config.stream;
+    clustered.attrs = &attribute;
+    clustered.numAttrs = 1;
+    return cudaLaunchKernelExC(&clustered, function, pointers);
+  }
   return config.cooperative ? cudaLaunchCooperativeKernel(function, grid, block, pointers,
                                                           config.shared_bytes, config.stream)
                             : cudaLaunchKernel(function, grid, block, pointers, config.shared_bytes,
@@ -72,6 +92,28 @@ template <class T>
 RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(kAllLanes, v, mask);
 }
+
+// --- Thread-block clusters -----------------------------------------------------------------------
+// Ranks are block_index() modulo the cluster's size: launches are one-dimensional.
+
+inline constexpr bool kHasClusters = RNN_EXT_SM90;
+
+// Not .aligned: lanes of a warp may come one after the other, the hardware counts threads.
+RNN_EXT_DEVICE void cluster_arrive() {
+#if RNN_EXT_SM90
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+RNN_EXT_DEVICE void cluster_wait() {
+#if RNN_EXT_SM90
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
 // --- Signals in global memory --------------------------------------------------------------------
 
 RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) {
@@ -126,6 +168,24 @@ RNN_EXT_DEVICE Vector<T, N> load_vector_l2(const T* p) {
   using W = typename Word<int(sizeof(T)) * N>::Type;
   const W word = __ldcg(reinterpret_cast<const W*>(p));
   return *reinterpret_cast<const Vector<T, N>*>(&word);
+}
+
+// Where p, in this block's shared memory, is in that of another block of the cluster.
+template <class T, int N>
+RNN_EXT_DEVICE void store_to_block(T* p, int rank, const Vector<T, N>& v) {
+  static_assert(sizeof(v) == 16);
+#if RNN_EXT_SM90
+  const uint4 word = *reinterpret_cast<const uint4*>(&v);
+  unsigned to;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(to)
+      : "r"(unsigned(__cvta_generic_to_shared(p))), "r"(rank));
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word.x),
+               "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+#else
+  __trap();
+#endif
 }
 
 template <int kBytes>

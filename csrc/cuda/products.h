@@ -11,6 +11,15 @@
 
 namespace rnn_ext::cuda {
 
+// Of the exchange, wherever it is.
+template <Exchange kExchange, class T, int N>
+RNN_EXT_DEVICE Vector<T, N> load_exchanged(const T* p) {
+  if constexpr (kExchange == Exchange::kCluster)
+    return load_vector<T, N>(p);
+  else
+    return load_vector_l2<T, N>(p);
+}
+
 // On tensor cores. Both operands are stored as the lanes load them: for a fragment of 4 kValues
 // values of K, lane (g, q) with g = lane / 4 and q = lane % 4 takes the kValues values from
 // kValues q on of row g in one access of 16 bytes, which serve two mma. That permutes K within the
@@ -55,6 +64,7 @@ struct TensorCoreProduct {
 
   // partial (slots, M, stride) for `rows` <= kPassRows batch rows from `first_row`, a multiple of
   // kRowTile.
+  template <Exchange kExchange>
   static RNN_EXT_DEVICE void run(const T* weights, const T* exchange, int64_t blocks,
                                  int64_t first_row, int rows, float* partial, int stride) {
     const int lane = lane_index(), slot = warp_index() % kSlots;
@@ -70,7 +80,8 @@ struct TensorCoreProduct {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n)
         if (n < tiles)
-          registers(load_vector_l2<T, kValues>(from + (n * count + f) * kFragment), b[n]);
+          registers(load_exchanged<kExchange, T, kValues>(from + (n * count + f) * kFragment),
+                    b[n]);
 #pragma unroll
       for (int m = 0; m < kWarpTiles; ++m) {
         if (!has_tile(first_tile + m)) continue;
@@ -149,6 +160,7 @@ struct LaneProduct {
   }
 
   // As above; partial (slots, M, stride).
+  template <Exchange kExchange>
   static RNN_EXT_DEVICE void run(const T* weights, const T* exchange, int64_t blocks,
                                  int64_t first_row, int rows, T* partial, int stride) {
     const int lane = lane_index(), tile = warp_index() % kTiles, slot = warp_index() / kTiles;
@@ -161,7 +173,8 @@ struct LaneProduct {
       for (int64_t k = slot * kWarp + lane; k < depth; k += kSlots * kWarp) {
         T h[kColumns];
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) h[n] = load_vector_l2<T, 1>(from + n * depth + k).v[0];
+        for (int n = 0; n < kColumns; ++n)
+          h[n] = load_exchanged<kExchange, T, 1>(from + n * depth + k).v[0];
 #pragma unroll
         for (int m = 0; m < kTileRows; ++m) {
           const T weight = w[m * depth + k];

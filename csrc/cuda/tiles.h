@@ -100,36 +100,58 @@ RNN_EXT_SHARED_INLINE constexpr int64_t depth(int gates, bool backward, int64_t 
   return (backward ? gates : 1) * rounded_up(hidden_size, kDepthBlock);
 }
 
+// How the blocks of a group exchange what each step makes, and meet.
+enum class Exchange : int {
+  kMemory = 0,   // through L2, with a barrier in global memory: all blocks of a launch are resident
+  kCluster = 1,  // a group is a thread-block cluster: through its blocks' shared memory, with its
+                 // barrier. Groups never wait for each other
+};
+
+// What a block does in one pass: `units` of its tiling by kPassRows rows. Passes go over the rows
+// of a group, or, in a cluster of few blocks, over the units of a block; that decides what belongs
+// to a pass at compile time.
+RNN_EXT_SHARED_INLINE constexpr int max_group_rows(Exchange exchange) {
+  return exchange == Exchange::kCluster ? kPassRows : kMaxGroupRows;
+}
+RNN_EXT_SHARED_INLINE constexpr int max_unit_passes(Exchange exchange) {
+  return exchange == Exchange::kCluster ? kMaxPasses : 1;
+}
+// Blocks of a cluster that every device of compute capability 9.0 and later allows.
+inline constexpr int kMaxCluster = 8;
+
 // Values of compute type that a block fetches ahead for each unit and row.
 RNN_EXT_SHARED_INLINE constexpr int prefetched(int gates, int saved, bool backward) {
   return backward ? saved : gates;
-}
-
-// Shared memory of a block, in this order. All parts are multiples of 16 bytes.
-struct SharedLayout {
-  int64_t partial, prefetch, bytes;  // the weights are at 0
-  int partial_stride;                // elements between rows of partial sums
-};
-
-RNN_EXT_SHARED_INLINE constexpr SharedLayout shared_layout(int gates, int saved, bool backward,
-                                                           DType dtype, Cut cut,
-                                                           int64_t hidden_size,
-                                                           int64_t group_rows) {
-  const Tiling t = tiling(gates, backward, cut);
-  const int64_t pass_rows = group_rows < kPassRows ? rounded_up(group_rows, kRowTile) : kPassRows;
-  SharedLayout s{};
-  s.partial_stride = int(pass_rows) + kPartialPad;
-  s.partial = t.rows() * depth(gates, backward, hidden_size) * bytes_of(dtype);
-  s.prefetch = s.partial + t.slots * t.rows() * int64_t(s.partial_stride) * compute_bytes_of(dtype);
-  const int64_t pairs = rounded_up(group_rows, kPassRows) * t.units;
-  s.bytes = s.prefetch + pairs * prefetched(gates, saved, backward) * compute_bytes_of(dtype);
-  return s;
 }
 
 // The exchange: two slots, of even and odd steps, of K values for each row of a group.
 RNN_EXT_SHARED_INLINE constexpr int64_t exchange_slot(int gates, bool backward, int64_t hidden_size,
                                                       int64_t group_rows) {
   return depth(gates, backward, hidden_size) * rounded_up(group_rows, kRowTile);
+}
+
+// Shared memory of a block, in this order. All parts are multiples of 16 bytes.
+struct SharedLayout {
+  int64_t partial, prefetch, exchange, bytes;  // the weights are at 0
+  int partial_stride;                          // elements between rows of partial sums
+};
+
+RNN_EXT_SHARED_INLINE constexpr SharedLayout shared_layout(int gates, int saved, bool backward,
+                                                           DType dtype, Cut cut, Exchange exchange,
+                                                           int unit_passes, int64_t hidden_size,
+                                                           int64_t group_rows) {
+  const Tiling t = tiling(gates, backward, cut);
+  const int64_t pass_rows = group_rows < kPassRows ? rounded_up(group_rows, kRowTile) : kPassRows;
+  SharedLayout s{};
+  s.partial_stride = int(pass_rows) + kPartialPad;
+  s.partial = unit_passes * t.rows() * depth(gates, backward, hidden_size) * bytes_of(dtype);
+  s.prefetch = s.partial + t.slots * t.rows() * int64_t(s.partial_stride) * compute_bytes_of(dtype);
+  const int64_t pairs = unit_passes * rounded_up(group_rows, kPassRows) * t.units;
+  s.exchange = s.prefetch + pairs * prefetched(gates, saved, backward) * compute_bytes_of(dtype);
+  const bool inside = exchange == Exchange::kCluster;
+  const int64_t slot = exchange_slot(gates, backward, hidden_size, group_rows);
+  s.bytes = s.exchange + (inside ? 2 * slot * bytes_of(dtype) : 0);
+  return s;
 }
 
 }  // namespace rnn_ext::cuda

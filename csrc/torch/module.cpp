@@ -165,11 +165,13 @@ py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_
   const cuda::Plan p = cuda::make_plan(input);
   py::dict info;
   info["method"] = p.method == cuda::Method::kPersistent ? "persistent"
+                   : p.method == cuda::Method::kCluster  ? "cluster"
                    : p.method == cuda::Method::kStepwise ? "stepwise"
                                                          : "refused";
   info["reason"] = p.reason;
   info["tensor_cores"] = p.cut != cuda::Cut::kLanes;
   info["units_per_block"] = p.units;
+  info["cluster_blocks"] = p.method == cuda::Method::kCluster ? p.unit_blocks : 0;
   info["groups"] = p.groups;
   info["group_rows"] = p.group_rows;
   info["directions_at_once"] = p.directions_at_once;

@@ -32,6 +32,7 @@ cuda::Device query_device(int index) {
   device.l2_bytes = get(cudaDevAttrL2CacheSize);
   device.clock = 1e3 * get(cudaDevAttrClockRate);
   device.cooperative = get(cudaDevAttrCooperativeLaunch) != 0;
+  device.max_cluster = get(cudaDevAttrClusterLaunch) != 0 ? cuda::kMaxCluster : 0;
   return cuda::with_rates(device);
 }
 

@@ -61,7 +61,7 @@ TEST(persistent_plans_fit) {
     const int gates = num_gates(in.shape.cell);
     CHECK_EQ(plan.shared_bytes,
              shared_layout(gates, num_saved(in.shape.cell), in.backward, in.dtype, plan.cut,
-                           in.shape.hidden_size, plan.group_rows)
+                           Exchange::kMemory, 1, in.shape.hidden_size, plan.group_rows)
                  .bytes);
     CHECK(plan.shared_bytes <= device.shared_per_block);
     CHECK(plan.grid <= plan.blocks_per_sm * device.sms);
@@ -78,6 +78,74 @@ TEST(persistent_plans_fit) {
     CHECK(in.shape.directions % plan.directions_at_once == 0);
   });
   CHECK(persistent > 1000);
+}
+
+// Whatever is planned for clusters covers all units and rows, and no rows twice; a cluster is one
+// that every device allows.
+TEST(cluster_plans_fit) {
+  int clusters = 0;
+  for_each_input([&](const PlanInput& in) {
+    const Plan plan = make_plan(in, Method::kCluster);
+    if (plan.method == Method::kRefused) {
+      CHECK(!std::string(plan.reason).empty());
+      return;
+    }
+    ++clusters;
+    const Device& device = in.device;
+    const int gates = num_gates(in.shape.cell);
+    CHECK(device.capability >= 90);
+    CHECK(plan.unit_blocks >= 1 && plan.unit_blocks <= device.max_cluster);
+    CHECK_EQ(
+        plan.shared_bytes,
+        shared_layout(gates, num_saved(in.shape.cell), in.backward, in.dtype, plan.cut,
+                      Exchange::kCluster, plan.unit_passes, in.shape.hidden_size, plan.group_rows)
+            .bytes);
+    CHECK(plan.shared_bytes <= device.shared_per_block);
+    CHECK_EQ(plan.blocks_per_sm, 1);
+    CHECK_EQ(plan.grid, plan.unit_blocks * plan.groups * in.shape.directions);
+    CHECK_EQ(plan.directions_at_once, in.shape.directions);
+    CHECK_EQ(plan.units, plan.unit_passes * tiling(gates, in.backward, plan.cut).units);
+    CHECK(plan.unit_passes >= 1 && plan.unit_passes <= kMaxPasses);
+    CHECK(plan.unit_blocks * plan.units >= in.shape.hidden_size);
+    CHECK(plan.groups * plan.group_rows >= in.shape.batch);
+    CHECK((plan.groups - 1) * plan.group_rows < in.shape.batch);
+    CHECK(plan.group_rows >= 1 && plan.group_rows <= kPassRows);
+    CHECK(plan.groups == 1 || plan.group_rows % kRowTile == 0);
+    CHECK_EQ(workspace(in, plan).exchange_bytes, 0);
+    CHECK_EQ(workspace(in, plan).counters_bytes, 0);
+  });
+  CHECK(clusters > 1000);
+}
+
+// Clusters where a device has them and W_hh fits in one; they wait for nobody, so more of them than
+// are resident at once take turns.
+TEST(clusters_where_they_fit) {
+  for (bool backward : {false, true}) {
+    check::Scope scope("backward ", int(backward));
+    for (const char* device : {"h100", "b200"}) {
+      const PlanInput in = input(device, DType::kBFloat16, 1000, 64, 128, backward);
+      const Plan plan = make_plan(in);
+      CHECK(plan.method == Method::kCluster);
+      CHECK(plan.costs.total() < make_plan(in, Method::kPersistent).costs.total());
+    }
+    CHECK(make_plan(input("a100", DType::kBFloat16, 1000, 64, 128, backward)).method ==
+          Method::kPersistent);
+    const PlanInput large = input("h100", DType::kBFloat16, 1000, 64, 768, backward);
+    CHECK(make_plan(large, Method::kCluster).method == Method::kRefused);
+    const PlanInput many = input("h100", DType::kBFloat16, 1000, 8192, 128, backward);
+    const Plan plan = make_plan(many, Method::kCluster);
+    CHECK(plan.method == Method::kCluster);
+    CHECK(plan.grid > many.device.sms);
+    CHECK(make_plan(many, Method::kPersistent).method == Method::kRefused);
+  }
+  PlanInput in = input("h100", DType::kBFloat16, 100, 8, 128);
+  in.device.cooperative = false;
+  CHECK(make_plan(in).method == Method::kCluster);
+  for (int size : {1, 2, 4, 8}) {
+    const Plan plan = make_plan(in, Method::kCluster, nullptr, size);
+    if (plan.method == Method::kCluster) CHECK_EQ(plan.unit_blocks, size);
+  }
+  CHECK_EQ(make_plan(in, Method::kCluster, nullptr, 8).unit_blocks, 8);
 }
 
 TEST(plans_are_within_limits) {
@@ -108,6 +176,7 @@ TEST(old_devices) {
   CHECK(make_plan(input("t4", DType::kFloat32, 100, 1, 64)).method == Method::kPersistent);
   PlanInput in = input("h100", DType::kBFloat16, 100, 1, 64);
   in.device.cooperative = false;
+  in.device.max_cluster = 0;
   CHECK(make_plan(in).method == Method::kStepwise);
 }
 
@@ -228,8 +297,9 @@ TEST(sizes_beyond_32_bits) {
            uintptr_t(((T - 1) * B + B - 1) * H) * sizeof(float));
   CHECK_EQ(shape.rows(), T * B);
   CHECK_EQ(exchange_slot(4, true, 8192, 128), int64_t(4) * 8192 * 128);
-  CHECK(shared_layout(4, 5, true, DType::kFloat64, Cut::kLanes, int64_t(1) << 28, 128).bytes >
-        (int64_t(1) << 35));
+  CHECK(shared_layout(4, 5, true, DType::kFloat64, Cut::kLanes, Exchange::kMemory, 1,
+                      int64_t(1) << 28, 128)
+            .bytes > (int64_t(1) << 35));
   // Forward never holds more projections than its share, and the last chunk is whole.
   in = input("h100", DType::kBFloat16, T, B, H);
   const Plan forward = make_plan(in);

@@ -8,8 +8,8 @@ Needs nvcc and no GPU. Warnings are errors. For every kernel and architecture:
   the plan would not know of;
 * as many blocks of a persistent kernel find room in the registers of a multiprocessor as the plan
   counts on (kBlocksByRegisters of csrc/cuda/tiles.h);
-* persistent kernels multiply on tensor cores, but for those cut for plain multiply-adds (read off
-  the PTX);
+* persistent kernels multiply on tensor cores, but for those cut for plain multiply-adds, and those
+  of clusters meet and store to each other as clusters do (read off the PTX);
 * the objects of all types together are below 40 MB.
 """
 
@@ -29,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 # Persistent kernels of each type, forward and backward: 4 cells (relu and tanh are two) in each cut
-# of csrc/cuda/tiles.h. Half precision has a wide one of LSTM forward.
-TYPES = {"float": (8, 8), "double": (4, 4), "Float16": (5, 4), "BFloat16": (5, 4)}
+# of csrc/cuda/tiles.h, by both exchanges. Half precision has a wide cut of LSTM forward.
+TYPES = {"float": (16, 16), "double": (8, 8), "Float16": (10, 8), "BFloat16": (10, 8)}
 REGISTERS = 65536  # of a multiprocessor
 MAX_BYTES = 40_000_000
 
@@ -113,15 +113,31 @@ def violations(kernels: list[Kernel], archs: list[int], counts: tuple[int, int])
     return found
 
 
-def without_tensor_cores(ptx: str) -> list[str]:
-    """The persistent kernels in this PTX that have no mma and should: all but Cut::kLanes (0)."""
+MMA = re.compile(r"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.(f16|bf16|tf32)\.")
+CLUSTER = [
+    re.compile(text) for text in (r"barrier\.cluster\.", r"mapa\.", r"st\.shared::cluster\.v4\.")
+]
+
+
+def missing_instructions(ptx: str, arch: int) -> list[str]:
+    """The persistent kernels in this PTX, and what they should have and lack.
+
+    Tensor cores: all but Cut::kLanes (0). Clusters: Exchange::kCluster (1), which has no code below
+    9.0.
+    """
     bodies = re.split(r"\.entry\s+", ptx)[1:]
-    persistent = [body for body in bodies if "persistent_" in body.split("(")[0]]
+    persistent = {body.split("(")[0]: body for body in bodies}
+    persistent = {name: body for name, body in persistent.items() if "persistent_" in name}
     if not persistent:
         return ["(there is no persistent kernel)"]
-    instruction = re.compile(r"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.(f16|bf16|tf32)\.")
-    names = [body.split("(")[0] for body in persistent if not instruction.search(body)]
-    return [name for name in names if "CutE0E" not in name]
+    found = []
+    for name, body in persistent.items():
+        in_clusters = "ExchangeE1E" in name
+        if in_clusters and arch < 90:
+            continue
+        needed = [*(CLUSTER if in_clusters else ()), *(() if "CutE0E" in name else (MMA,))]
+        found += [f"no {p.pattern} in {name}" for p in needed if not p.search(body)]
+    return found
 
 
 def compile_type(name: str, archs: list[int], folder: Path) -> tuple[str, int, list[str]]:
@@ -142,19 +158,18 @@ def compile_type(name: str, archs: list[int], folder: Path) -> tuple[str, int, l
     if run.returncode:
         return report, 0, [f"nvcc failed for {name}:\n{report[-4000:]}"]
     found = violations(parse(report), archs, TYPES[name])
-    if name != "double":
-        for arch in archs:
-            # 7.5 has not all of these instructions: the plan takes no tensor cores there.
-            if arch < 80:
-                continue
-            ptx = [p for p in kept.glob("*.ptx") if f"compute_{arch}." in p.name]
-            if len(archs) == 1:
-                ptx = list(kept.glob("*.ptx"))
-            if len(ptx) != 1:
-                found.append(f"{len(ptx)} instead of 1 PTX file of {name} for sm_{arch}")
-            for path in ptx:
-                missing = without_tensor_cores(path.read_text())
-                found += [f"no tensor-core instruction in {k} for sm_{arch}" for k in missing]
+    for arch in archs:
+        # 7.5 has not all of these instructions: the plan takes no tensor cores there.
+        if arch < 80:
+            continue
+        ptx = [p for p in kept.glob("*.ptx") if f"compute_{arch}." in p.name]
+        if len(archs) == 1:
+            ptx = list(kept.glob("*.ptx"))
+        if len(ptx) != 1:
+            found.append(f"{len(ptx)} instead of 1 PTX file of {name} for sm_{arch}")
+        for path in ptx:
+            missing = missing_instructions(path.read_text(), arch)
+            found += [f"{line} for sm_{arch}" for line in missing]
     return report, target.stat().st_size, found
 
 

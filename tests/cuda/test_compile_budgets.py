@@ -7,7 +7,8 @@ import pytest
 
 BLOCKS = compile_budgets.constant("kBlocksByRegisters")
 NAMES = [
-    f"_ZN7rnn_ext4cuda2{n}persistent_{way}_kernelINS_{cell}ENS0_8BFloat16ELNS0_3CutE1EEEvv"
+    f"_ZN7rnn_ext4cuda2{n}persistent_{way}_kernelI"
+    f"NS_{cell}ENS0_8BFloat16ELNS0_3CutE1ELNS0_8ExchangeE0EEEvv"
     for n, way in ((5, "forward"), (6, "backward"))
     for cell in ("7RnnCellILb0EE", "7RnnCellILb1EE", "8LstmCell", "7GruCell")
 ]
@@ -84,5 +85,18 @@ def test_tensor_core_instructions_are_looked_for_in_each_kernel() -> None:
         f".visible .entry {NAMES[2].replace('CutE1E', 'CutE0E')}(.param) {{ fma.rn.f32 }}\n"
         f".visible .entry other_kernel(.param) {{ {MMA} }}\n"
     )
-    assert compile_budgets.without_tensor_cores(ptx) == [NAMES[1]]
-    assert compile_budgets.without_tensor_cores("") == ["(there is no persistent kernel)"]
+    (line,) = compile_budgets.missing_instructions(ptx, 80)
+    assert line.startswith("no mma")
+    assert line.endswith(NAMES[1])
+    assert compile_budgets.missing_instructions("", 80) == ["(there is no persistent kernel)"]
+
+
+def test_cluster_instructions_are_looked_for_where_there_are_clusters() -> None:
+    name = NAMES[0].replace("ExchangeE0E", "ExchangeE1E")
+    store = "mapa.shared::cluster.u32 %r1; st.shared::cluster.v4.u32 [%r1]"
+    good = f".visible .entry {name}(.param) {{ {MMA} barrier.cluster.wait; {store} }}\n"
+    bad = f".visible .entry {name}(.param) {{ {MMA} {store} }}\n"
+    assert not compile_budgets.missing_instructions(good, 90)
+    assert not compile_budgets.missing_instructions(bad, 89)
+    (line,) = compile_budgets.missing_instructions(bad, 90)
+    assert "barrier" in line

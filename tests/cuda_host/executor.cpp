@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "executor_state.h"
@@ -17,8 +18,6 @@ Executor& executor() {
 }
 
 namespace {
-
-// --- Scheduling ----------------------------------------------------------------------------------
 
 // --- Scheduling ----------------------------------------------------------------------------------
 
@@ -152,6 +151,38 @@ void check_barrier(Block& block) {
   for (Thread* thread : waiting) make_ready(thread);
 }
 
+// A phase of a cluster's barrier ends when all its threads have arrived.
+void check_cluster_barrier(Cluster& cluster) {
+  if (cluster.arrived == 0 || cluster.arrived + cluster.done < int(cluster.threads.size())) return;
+  std::vector<Thread*> arrived;
+  for (Thread* thread : cluster.threads)
+    if (thread->in_cluster_barrier && thread->cluster_phase == cluster.phase)
+      arrived.push_back(thread);
+  if (cluster.done > 0)
+    report(Fault::kDivergentBarrier,
+           std::to_string(cluster.arrived) +
+               " threads of a cluster wait in its barrier, the other " +
+               std::to_string(cluster.done) + " have returned",
+           arrived[0]->cluster_site);
+  if (kInstrumented) {
+    auto all = std::make_shared<Clock>(executor().thread_count);
+    SharedClock last;
+    for (const Thread* thread : arrived) {
+      if (thread->cluster_time == 0) continue;
+      if (thread->cluster_known != last) join(*all, thread->cluster_known);
+      last = thread->cluster_known;
+    }
+    for (const Thread* thread : arrived)
+      if (thread->cluster_time)
+        (*all)[thread->clock.self] = std::max((*all)[thread->clock.self], thread->cluster_time);
+    cluster.released = all;
+  }
+  cluster.arrived = 0;
+  ++cluster.phase;
+  for (Thread* thread : arrived)
+    if (thread->state == State::kAtClusterBarrier) make_ready(thread);
+}
+
 void finish_warp(Block& block, int warp) {
   std::vector<Thread*> lanes(block.threads.begin() + warp * kWarpSize,
                              block.threads.begin() + (warp + 1) * kWarpSize);
@@ -203,6 +234,10 @@ void thread_entry() {
   self->state = State::kDone;
   ++self->home->done;
   check_barrier(*self->home);
+  if (Cluster* cluster = self->home->cluster) {
+    ++cluster->done;
+    check_cluster_barrier(*cluster);
+  }
   leave(true);
 }
 
@@ -236,10 +271,11 @@ void admit(int index) {
   for (int t = 0; t < threads; ++t) {
     auto owned = new_thread();
     Thread* thread = owned.get();
-    e.busy.push_back(std::move(owned));
+    block->owned.push_back(std::move(owned));
     thread->clock = ThreadClock();
     thread->clock.self = uint32_t(index * threads + t);
-    thread->block = index;
+    thread->block = thread->first_block = thread->last_block = index;
+    thread->in_cluster_barrier = false;
     thread->thread = t;
     thread->home = block.get();
     thread->polled = nullptr;
@@ -254,10 +290,50 @@ void admit(int index) {
   e.blocks.push_back(std::move(block));
 }
 
+// Blocks [index * count, ...): a cluster if the launch has them.
+void admit(int index, int count) {
+  Executor& e = executor();
+  for (int i = 0; i < count; ++i) admit(index * count + i);
+  if (e.config->cluster == 0) return;
+  auto cluster = std::make_unique<Cluster>();
+  for (int i = 0; i < count; ++i) {
+    Block* const block = e.blocks[e.blocks.size() - size_t(count - i)].get();
+    block->cluster = cluster.get();
+    cluster->blocks.push_back(block);
+    for (Thread* thread : block->threads) {
+      thread->first_block = index * count;
+      thread->last_block = index * count + count - 1;
+      cluster->threads.push_back(thread);
+    }
+  }
+  e.clusters.push_back(std::move(cluster));
+}
+
+void move_all(Threads& from, Threads& to) {
+  std::move(from.begin(), from.end(), std::back_inserter(to));
+  from.clear();
+}
+
 void retire(Block& block) {
   Executor& e = executor();
+  Cluster* const cluster = block.cluster;
+  if (cluster) {
+    cluster->blocks[size_t(block.index) % e.config->cluster] = nullptr;
+    if (kInstrumented && !e.aborted && block.done == int(block.threads.size())) {
+      auto known = std::make_shared<Clock>(e.thread_count);
+      for (const Thread* thread : block.threads) join(*known, thread->clock.others);
+      e.memory.check_return(*block.dynamic, known);
+    }
+  }
   e.memory.release(block.dynamic->begin);
   for (const auto& [tag, allocation] : block.statics) e.memory.release(allocation->begin);
+  // The rest of a cluster looks at all its threads.
+  move_all(block.owned, cluster ? cluster->owned : e.idle);
+  if (!cluster || std::any_of(cluster->blocks.begin(), cluster->blocks.end(),
+                              [](const Block* other) { return other != nullptr; }))
+    return;
+  move_all(cluster->owned, e.idle);
+  std::erase_if(e.clusters, [&](const auto& other) { return other.get() == cluster; });
 }
 
 void report_deadlock() {
@@ -268,9 +344,10 @@ void report_deadlock() {
       if (thread->state != State::kDone) groups[{thread->state, thread->site}].push_back(thread);
   std::string text = "nobody can go on";
   for (const auto& [key, threads] : groups) {
-    const char* what = key.first == State::kAtBlockBarrier ? "in a barrier"
-                       : key.first == State::kInWarp       ? threads[0]->operation->name
-                                                           : "for a signal";
+    const char* what = key.first == State::kAtBlockBarrier     ? "in a barrier"
+                       : key.first == State::kAtClusterBarrier ? "in the barrier of a cluster"
+                       : key.first == State::kInWarp           ? threads[0]->operation->name
+                                                               : "for a signal";
     text += "; " + std::to_string(threads.size()) + " threads, the first " +
             thread_name(threads[0]->block, threads[0]->thread) + ", wait " + what + " (" +
             line_of(key.second) + ")";
@@ -280,8 +357,11 @@ void report_deadlock() {
 
 Error run() {
   Executor& e = executor();
-  const int total = int(e.config->blocks);
-  const int room = e.config->cooperative ? total : std::max(1, e.schedule.resident_blocks);
+  // Blocks come one by one, those of a cluster together.
+  const int together = std::max(1, int(e.config->cluster));
+  const int total = int(e.config->blocks) / together;
+  const int resident = e.config->cooperative ? int(e.config->blocks) : e.schedule.resident_blocks;
+  const int room = std::max(resident, together);
   std::vector<int> order;
   const int sampled = e.schedule.sampled_blocks;
   const bool all = e.config->cooperative || sampled == 0;
@@ -300,7 +380,8 @@ Error run() {
       retire(*block);
       return true;
     });
-    while (admitted < order.size() && int(e.blocks.size()) < room) admit(order[admitted++]);
+    while (admitted < order.size() && int(e.blocks.size()) + together <= room)
+      admit(order[admitted++], together);
     if (e.blocks.empty()) break;
     Thread* next = next_ready();
     if (!next) {
@@ -395,6 +476,77 @@ void block_barrier() {
   leave();
 }
 
+static Cluster& own_cluster(const char* what, const void* site) {
+  Cluster* const cluster = executor().current->home->cluster;
+  if (cluster) return *cluster;
+  report(Fault::kLaunch, std::string(what) + " in a launch without clusters", site);
+  abort_launch();
+}
+
+void cluster_arrive(bool release) {
+  const Inside inside;
+  moved();
+  Thread* self = executor().current;
+  Cluster& cluster = own_cluster("cluster_arrive", RNN_EXT_SITE);
+  if (self->in_cluster_barrier) {
+    report(Fault::kDivergentBarrier,
+           thread_name(self->block, self->thread) + " arrives again without having waited",
+           RNN_EXT_SITE);
+    abort_launch();
+  }
+  self->cluster_site = RNN_EXT_SITE;
+  self->in_cluster_barrier = true;
+  self->cluster_phase = cluster.phase;
+  self->cluster_time = release ? self->clock.time++ : 0;
+  self->cluster_known = self->clock.others;
+  ++cluster.arrived;
+  check_cluster_barrier(cluster);
+}
+
+void cluster_wait() {
+  const Inside inside;
+  moved();
+  Thread* self = executor().current;
+  Cluster& cluster = own_cluster("cluster_wait", RNN_EXT_SITE);
+  if (!self->in_cluster_barrier) {
+    report(Fault::kDivergentBarrier,
+           thread_name(self->block, self->thread) + " waits without having arrived", RNN_EXT_SITE);
+    abort_launch();
+  }
+  self->site = RNN_EXT_SITE;
+  if (cluster.phase == self->cluster_phase) {
+    self->state = State::kAtClusterBarrier;
+    leave();
+  }
+  self->in_cluster_barrier = false;
+  self->clock.acquire(cluster.released);
+}
+
+void* in_block(void* p, int rank) {
+  const Inside inside;
+  moved();
+  const Thread* self = executor().current;
+  const Cluster& cluster = own_cluster("access to another block", RNN_EXT_SITE);
+  const Allocation& own = *self->home->dynamic;
+  const ptrdiff_t offset = static_cast<char*>(p) - own.begin;
+  if (rank < 0 || rank >= int(cluster.blocks.size()) || offset < 0 || size_t(offset) >= own.size) {
+    report(Fault::kOutOfBounds,
+           thread_name(self->block, self->thread) + " reaches for byte " + std::to_string(offset) +
+               " of block " + std::to_string(rank) + " of its cluster",
+           RNN_EXT_SITE);
+    abort_launch();
+  }
+  if (const Block* const block = cluster.blocks[size_t(rank)]; block) {
+    // Its threads may all be done, and the block not retired yet.
+    if (block->done < int(block->threads.size())) return block->dynamic->begin + offset;
+  }
+  report(Fault::kReturned,
+         thread_name(self->block, self->thread) + " uses the shared memory of block " +
+             std::to_string(rank) + " of its cluster",
+         RNN_EXT_SITE);
+  abort_launch();
+}
+
 void warp_barrier() {
   const Inside inside;
   static const WarpOperation operation{"in a barrier of a warp", nullptr, true};
@@ -407,11 +559,14 @@ Error launch(const LaunchConfig& config, void (*body)(const void*), const void* 
              size_t parameter_bytes) {
   Executor& e = executor();
   constexpr size_t kMostShared = 227 << 10;  // of any device
+  constexpr unsigned kMostCluster = 8;       // that every device allows which has clusters
   if (config.threads == 0 || config.threads > 1024 || config.threads % kWarpSize != 0 ||
-      config.blocks == 0 || config.shared_bytes > kMostShared || e.config) {
+      config.blocks == 0 || config.shared_bytes > kMostShared || e.config ||
+      config.cluster > kMostCluster || (config.cluster && config.blocks % config.cluster != 0)) {
     report(Fault::kLaunch,
            std::to_string(config.blocks) + " blocks of " + std::to_string(config.threads) +
-               " threads with " + std::to_string(config.shared_bytes) + " bytes of shared memory",
+               " threads with " + std::to_string(config.shared_bytes) + " bytes of shared memory" +
+               (config.cluster ? " in clusters of " + std::to_string(config.cluster) : ""),
            nullptr);
     return 1;
   }
@@ -428,14 +583,11 @@ Error launch(const LaunchConfig& config, void (*body)(const void*), const void* 
   const Error error = run();
 
   e.blocks.clear();
+  e.clusters.clear();
   e.ready.clear();
   e.spinning.clear();
   e.signals.clear();
-  for (auto& thread : e.busy) {
-    thread->clock = ThreadClock();
-    e.idle.push_back(std::move(thread));
-  }
-  e.busy.clear();
+  for (auto& thread : e.idle) thread->clock = ThreadClock();
   e.current = nullptr;
   e.config = nullptr;
   hooks.active = false;

@@ -43,6 +43,7 @@ enum class Fault {
   kDivergentBarrier,
   kDivergentWarp,
   kDeadlock,
+  kReturned,  // a block's shared memory is used by another when it returns, or after that
   kLaunch,
 };
 const char* name_of(Fault fault);

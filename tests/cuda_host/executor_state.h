@@ -38,11 +38,20 @@ struct AsyncCopy {
 
 struct Block;
 
-enum class State { kReady, kAtBlockBarrier, kInWarp, kSpinning, kDone };
+struct Cluster;
+
+enum class State { kReady, kAtBlockBarrier, kAtClusterBarrier, kInWarp, kSpinning, kDone };
 
 struct Thread : Accessor {
   Context context;
   Block* home = nullptr;
+  // Between its arrival at the cluster's barrier and its wait: the phase it arrived in, and what it
+  // releases there (0: nothing).
+  bool in_cluster_barrier = false;
+  uint64_t cluster_phase = 0;
+  uint32_t cluster_time = 0;
+  SharedClock cluster_known;
+  const void* cluster_site = nullptr;
   State state = State::kReady;
   const void* site = nullptr;  // of what it waits in
   const WarpOperation* operation = nullptr;
@@ -55,13 +64,26 @@ struct Thread : Accessor {
   char* stack = nullptr;
 };
 
+using Threads = std::vector<std::unique_ptr<Thread>>;
+
 struct Block {
   int index = 0;
+  Threads owned;
+  Cluster* cluster = nullptr;  // null: none
   std::vector<Thread*> threads;
   std::vector<int> in_warp;  // lanes waiting, by warp
   int at_barrier = 0, done = 0;
   Allocation* dynamic = nullptr;
   std::map<const void*, Allocation*> statics;
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank; null: has returned
+  Threads owned;               // of blocks that have returned
+  std::vector<Thread*> threads;
+  int arrived = 0, done = 0;  // threads
+  uint64_t phase = 0;         // that they arrive in
+  SharedClock released;       // by the phase before
 };
 
 struct Signal {
@@ -83,6 +105,7 @@ struct Executor {
   size_t parameter_bytes = 0;
   size_t thread_count = 0;
   std::vector<std::unique_ptr<Block>> blocks;  // resident
+  std::vector<std::unique_ptr<Cluster>> clusters;
   std::deque<Thread*> ready;
   std::vector<Thread*> spinning;
   std::unordered_map<const uint32_t*, Signal> signals;
@@ -91,8 +114,7 @@ struct Executor {
 
   Context main;
   Thread* current = nullptr;
-  std::vector<std::unique_ptr<Thread>> idle;  // with stacks to use again
-  std::vector<std::unique_ptr<Thread>> busy;
+  Threads idle;  // with stacks to use again
 };
 
 Executor& executor();

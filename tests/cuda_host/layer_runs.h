@@ -49,6 +49,7 @@ struct Way {
   bool allow_tf32 = false;
   // Persistent: the cut, where the engine has it for the call; else as planned.
   std::optional<Cut> cut = {};
+  int cluster = 0;  // blocks of a cluster; 0: as planned
 };
 
 // The device memory of one run.
@@ -152,7 +153,7 @@ Plan run_call(const Call& call, const Way& way) {
   input.allow_tf32 = way.allow_tf32;
   const bool cut =
       way.cut && has_cut(input.dtype, num_gates(call.shape.cell), input.backward, *way.cut);
-  Plan plan = make_plan(input, way.method, cut ? &*way.cut : nullptr);
+  Plan plan = make_plan(input, way.method, cut ? &*way.cut : nullptr, way.cluster);
   CHECK(plan.method == way.method);
   if (plan.method != way.method) return plan;
   if (way.chunk_steps && !input.backward) plan.chunk_steps = way.chunk_steps;

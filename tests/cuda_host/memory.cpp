@@ -34,6 +34,7 @@ const char* name_of(Fault fault) {
                                       "divergent barrier",
                                       "divergent warp",
                                       "deadlock",
+                                      "block that has returned",
                                       "launch"};
   return names[int(fault)];
 }
@@ -202,11 +203,12 @@ bool Memory::check(const Accessor& by, const void* p, size_t bytes, Kind kind, c
   const char* verb = writes(kind) ? "writes " : "reads ";
   Allocation* a = find(p);
   const size_t offset = a ? size_t(static_cast<const char*>(p) - a->begin) : 0;
-  if (!a || offset + bytes > a->size || (a->block >= 0 && a->block != by.block)) {
+  const bool reached =
+      a && (a->block < 0 || (a->block >= by.first_block && a->block <= by.last_block));
+  if (!reached || offset + bytes > a->size) {
     report(Fault::kOutOfBounds,
            thread_name(by.block, by.thread) + " " + verb + std::to_string(bytes) + " bytes at " +
-               describe(p) +
-               (a && a->block >= 0 && a->block != by.block ? " of another block" : ""),
+               describe(p) + (a && !reached ? " of another block" : ""),
            site);
     return false;
   }
@@ -308,6 +310,27 @@ void Memory::write(const Accessor& by, Allocation&, Cell& cell, const void* p, K
   cell.write = {by.clock.self, by.clock.time, site};
   cell.read = Access();
   cell.reads.reset();
+}
+
+void Memory::check_return(const Allocation& a, const SharedClock& known) {
+  const auto check = [&](const void* p, const Access& access, const char* verb) {
+    const int block = int(access.thread) / block_size_;
+    if (access.time == 0 || block == a.block) return;
+    if (known && access.thread < known->size() && access.time <= (*known)[access.thread]) return;
+    report(Fault::kReturned,
+           thread_name(block, int(access.thread) % block_size_) + " " + verb + " " + describe(p) +
+               " of block " + std::to_string(a.block) + ", which does not wait for that",
+           access.site);
+  };
+  for (size_t i = 0; i < a.cells.size(); ++i) {
+    const Cell& cell = a.cells[i];
+    if (cell.generation != generation_) continue;
+    const void* const p = a.begin + (i << a.granule_shift);
+    check(p, cell.write, "writes");
+    check(p, cell.read, "reads");
+    if (cell.reads)
+      for (const Access& access : *cell.reads) check(p, access, "reads");
+  }
 }
 
 void Memory::arrived(const Accessor& by, const void* p, size_t bytes, const void* site) {

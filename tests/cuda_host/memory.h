@@ -42,7 +42,8 @@ struct Allocation {
 // What the executor knows of the thread that makes an access.
 struct Accessor {
   ThreadClock clock;
-  int block = 0, thread = 0;  // thread of its block
+  int block = 0, thread = 0;            // thread of its block
+  int first_block = 0, last_block = 0;  // whose shared memory it can reach: those of its cluster
 };
 
 enum class Kind { kRead, kWrite, kAtomicRead, kAtomicWrite, kAsyncRead, kAsyncWrite, kStreaming };
@@ -69,6 +70,8 @@ class Memory {
   void begin_launch(int block_size);
   // False: the access must not be made.
   bool check(const Accessor& by, const void* p, size_t bytes, Kind kind, const void* site);
+  // A block returns: everything that others have done to its shared memory must be known to it.
+  void check_return(const Allocation& a, const SharedClock& known);
   // The copy that wrote `pending` cells has arrived.
   void arrived(const Accessor& by, const void* p, size_t bytes, const void* site);
 

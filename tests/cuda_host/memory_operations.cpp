@@ -121,7 +121,7 @@ void copy_async(void* shared, const void* global, int size, int bytes) {
     abort_launch();
   }
   const Allocation* to = e.memory.find(shared);
-  if (!to || to->block < 0) {
+  if (!to || to->block != e.current->block) {
     report(Fault::kOutOfBounds, "copy_async to " + e.memory.describe(shared), site);
     abort_launch();
   }

@@ -22,17 +22,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("csrc/cuda/persistent.h", "csrc/cuda/products.h", "csrc/cuda/portable.h")
-# What is recompiled and run; the objects of other types are taken as built.
-TYPES = {"float": "persistent_f32", "BFloat16": "persistent_bf16"}
+# What is recompiled and run, one type after the other; the objects of other types are taken as
+# built.
+TYPES = {
+    "float": ("persistent_f32", "cluster_f32"),
+    "BFloat16": ("persistent_bf16", "cluster_bf16"),
+}
 
 DELETED = re.compile(
-    r"\b(?:block_barrier|copy_async_commit|copy_async_wait<\d+>"
+    r"\b(?:block_barrier|cluster_arrive|cluster_wait|copy_async_commit|copy_async_wait<\d+>"
     r"|[\w.]+\.arrive|[\w.]+\.wait)\([^;{}]*\);"
 )
 WEAKENED = {
     # What is between the parentheses of a relaxed access, which kernels have no name for.
     r"fetch_add_release\((counter[^;]*)\);": r"host::atomic_add(\1, false);",
     r"load_acquire\(counter\)": "host::atomic_load(counter, false)",
+    r"cluster_arrive\(\);": "host::cluster_arrive(false);",
     # Looks once instead of waiting.
     r"while \((?=\(\(load_acquire)": "if (",
 }
@@ -87,7 +92,6 @@ def noticed(mutant: Mutant | None, build: Path, draws: int) -> str:
         shutil.copytree(ROOT / "csrc", copy / "csrc")
         if mutant:
             (copy / mutant.file).write_text(mutant.text)
-        objects = []
         for name, command in compile_of.items():
             command = replaced(command, f"{ROOT}/csrc", f"{copy}/csrc")
             command = replaced(
@@ -95,24 +99,22 @@ def noticed(mutant: Mutant | None, build: Path, draws: int) -> str:
             )
             command = [part for part in command if part != "-Werror"]
             output = copy / f"{name}.o"
-            at = command.index("-o")
-            command[at + 1] = str(output)
+            command[command.index("-o") + 1] = str(output)
             subprocess.run(command, check=True, cwd=build)
-            objects.append(str(output))
-        # The mutated objects come before the library that holds the others.
-        program = copy / "test_drawn_layers"
-        at = link.index("-o")
-        linked = [*link[: at + 1], str(program), *objects, *link[at + 2 :]]
-        subprocess.run(linked, check=True, cwd=build)
-        for test in TYPES.values():
-            run = subprocess.run(
-                [str(program), test], capture_output=True, text=True, timeout=300,
-                env={**os.environ, "RNN_EXT_DRAWS": str(draws)}, errors="replace",
-            )  # fmt: skip
-            if run.returncode:
-                reports = re.findall(r'report\.text == "": (.*) != \n', run.stderr)
-                lines = reports or run.stderr.strip().splitlines() or [str(run.returncode)]
-                return f"{test}: {re.split(' at csrc| at /', lines[0])[0]}"
+            # The mutated object comes before the library that holds the others.
+            program = copy / "test_drawn_layers"
+            at = link.index("-o")
+            linked = [*link[: at + 1], str(program), str(output), *link[at + 2 :]]
+            subprocess.run(linked, check=True, cwd=build)
+            for test in TYPES[name]:
+                run = subprocess.run(
+                    [str(program), test], capture_output=True, text=True, timeout=300,
+                    env={**os.environ, "RNN_EXT_DRAWS": str(draws)}, errors="replace",
+                )  # fmt: skip
+                if run.returncode:
+                    reports = re.findall(r'report\.text == "": (.*) != \n', run.stderr)
+                    lines = reports or run.stderr.strip().splitlines() or [str(run.returncode)]
+                    return f"{test}: {re.split(' at csrc| at /', lines[0])[0]}"
     return ""
 
 

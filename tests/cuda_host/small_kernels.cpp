@@ -36,6 +36,11 @@ enum Bug {
   kNobodySignals,
   kSomeLanes,
   kWrongLane,
+  kNoClusterBarrier,
+  kTwoArrivals,
+  kNoArrival,
+  kWrongRank,
+  kNoLastBarrier,
 };
 
 constexpr int kThreads = 64;
@@ -310,6 +315,53 @@ RNN_EXT_KERNEL void not_resident_kernel(uint32_t* counter) {
   }
 }
 
+// --- Clusters ------------------------------------------------------------------------------------
+
+// Every block hands its values to the next one of its cluster, `rounds` times, in two slots.
+template <Bug kBug>
+RNN_EXT_KERNEL void ring_kernel(float* out, int blocks, int rounds) {
+  float* slots = dynamic_shared<float>();
+  const int t = thread_index(), n = block_size(), rank = block_index() % blocks;
+  ClusterBarrier barrier;
+  for (int i = 0; i < 4; ++i) slots[4 * t + i] = float(rank);
+  if (kBug == kEarlyReturn && rank == 1) return;
+  barrier.arrive();  // <- ring first arrival
+  barrier.wait();
+  for (int round = 0; round < rounds; ++round) {
+    const float* const read = slots + round % 2 * 4 * n + 4 * t;
+    const int slot = (round + 1) % 2 * (kBug == kSharedOutside ? 8 : 4) * n;
+    const int next = (rank + 1) % blocks + (kBug == kWrongRank ? blocks : 0);
+    Vector<float, 4> v = load_vector<float, 4>(read);  // <- ring read
+    for (float& value : v.v) value += 1;
+    store_to_block(slots + slot + 4 * t, next, v);  // <- ring write
+    if (kBug == kNoLastBarrier && round == rounds - 1) return;
+    if (kBug == kRelaxedArrival)
+      host::cluster_arrive(false);
+    else if (kBug != kNoClusterBarrier && !(kBug == kNoArrival && rank == 1))
+      barrier.arrive();
+    if (kBug == kTwoArrivals) barrier.arrive();  // <- ring two arrivals
+    if (kBug == kSomeLanes && t < kWarpSize) block_barrier();
+    if (kBug != kNoClusterBarrier) barrier.wait();  // <- ring wait
+  }
+  out[block_index() * n + t] = slots[rounds % 2 * 4 * n + 4 * t];
+}
+template <Bug kBug>
+bool run_ring(int rounds = 3, int clusters = 2) {
+  constexpr int kBlocks = 4;
+  const auto blocks = unsigned(clusters * kBlocks);
+  Buffer<float> out(blocks * kThreads, "out");
+  launch({.blocks = blocks,
+          .threads = kThreads,
+          .shared_bytes = 8 * kThreads * sizeof(float),
+          .cluster = kBlocks},
+         ring_kernel<kBug>, out.data(), kBlocks, rounds);
+  for (int b = 0; b < int(blocks); ++b)
+    for (int t = 0; t < kThreads; ++t)
+      if (out.data()[b * kThreads + t] != float((b - rounds + 4 * kBlocks) % kBlocks + rounds))
+        return false;
+  return true;
+}
+
 RNN_EXT_KERNEL void blocks_race_kernel(float* out) {
   out[thread_index()] = float(block_index());  // <- blocks race
 }
@@ -350,6 +402,8 @@ std::vector<SmallKernel> small_kernels() {
       clean("rounds", run_rounds<kNone>),
       clean("grid barrier, three launches", run_grid_barrier),
       clean("message", [] { return run_message<kNone>(); }),
+      clean("ring of a cluster", [] { return run_ring<kNone>(); }),
+      clean("ring of many clusters", [] { return run_ring<kNone>(4, 5); }),
       clean("bounds", run_bounds<kNone>),
       clean("one barrier", run_divergent<kNone>),
 
@@ -372,6 +426,51 @@ std::vector<SmallKernel> small_kernels() {
               [] { return run_message<kNoFence>(); }),
       planted("missing fence of the reader", Fault::kRace, "message read",
               [] { return run_message<kNoAcquiringFence>(); }),
+      planted("missing barrier of a cluster", Fault::kRace, "ring read",
+              [] { return run_ring<kNoClusterBarrier>(); }),
+      planted("barrier of a cluster that does not release", Fault::kRace, "ring read",
+              [] { return run_ring<kRelaxedArrival>(); }),
+      planted("block that returns before another has stored to it", Fault::kReturned, "ring write",
+              [] { return run_ring<kNoLastBarrier>(); }),
+      planted(
+          "block that returns before its cluster's barrier", Fault::kDivergentBarrier,
+          "ring first arrival", [] { return run_ring<kEarlyReturn>(); }, false),
+      planted(
+          "two arrivals at the barrier of a cluster", Fault::kDivergentBarrier, "ring two arrivals",
+          [] { return run_ring<kTwoArrivals>(); }, false),
+      planted(
+          "wait without an arrival", Fault::kDivergentBarrier, "ring wait",
+          [] { return run_ring<kNoArrival>(); }, false),
+      planted(
+          "warp that waits elsewhere while its cluster meets", Fault::kDeadlock, "ring wait",
+          [] { return run_ring<kSomeLanes>(); }, false),
+      planted(
+          "block that is not of the cluster", Fault::kOutOfBounds, "ring write",
+          [] { return run_ring<kWrongRank>(); }, false),
+      planted(
+          "outside of another block's shared memory", Fault::kOutOfBounds, "ring write",
+          [] { return run_ring<kSharedOutside>(); }, false),
+      planted(
+          "clusters that do not divide the launch", Fault::kLaunch, "",
+          [] {
+            Buffer<float> out(3 * kThreads, "out");
+            launch({.blocks = 3,
+                    .threads = kThreads,
+                    .shared_bytes = 8 * kThreads * sizeof(float),
+                    .cluster = 2},
+                   ring_kernel<kNone>, out.data(), 2, 1);
+            return true;
+          },
+          false),
+      planted(
+          "barrier of a cluster in a launch that has none", Fault::kLaunch, "ring first arrival",
+          [] {
+            Buffer<float> out(2 * kThreads, "out");
+            launch({.blocks = 2, .threads = kThreads, .shared_bytes = 8 * kThreads * sizeof(float)},
+                   ring_kernel<kNone>, out.data(), 2, 1);
+            return true;
+          },
+          false),
       planted("uninitialized shared memory", Fault::kUninitialized, "uninitialized shared",
               [] {
                 Buffer<float> out(kThreads, "out");

@@ -21,7 +21,7 @@ namespace host = rnn_ext::cuda::host;
 
 namespace {
 
-constexpr int kDraws = 10;  // 4 cells x (2 methods x 4 types and tf32): 360 layers
+constexpr int kDraws = 10;  // 4 cells x (3 methods x 4 types and twice tf32): 560 layers
 
 struct Drawn {
   Sizes sizes;
@@ -49,6 +49,13 @@ Drawn draw(CellKind cell, Method method, Math math, bool narrow, int index, std:
     s.B = 33 + below(40);
     s.H = 1 + below(8);
     way.device.sms = 1;
+  }
+  if (method == Method::kCluster) {
+    way.device = *cuda::find_device("h100");
+    way.cluster = 1 << below(3);
+    // So many passes over at least 8 units each as a block can take.
+    while (s.H > way.cluster * 8 * cuda::kMaxPasses) way.cluster *= 2;
+    way.device.sms = way.cluster;  // no faster with more groups: as few as can be
   }
   s.bias = !one_in(4);
   s.initial_state = !one_in(3);
@@ -125,9 +132,11 @@ void run_drawn(CellKind cell, Method method, Math math, int index) {
   const Drawn drawn = draw(cell, method, math, sizeof(T) == 2, index, random);
   const Sizes& s = drawn.sizes;
   const check::Scope scope("cell ", int(cell),
-                           method == Method::kStepwise ? " stepwise" : " persistent", " draw ",
-                           index, " T", s.T, " B", s.B, " I", s.I, " H", s.H, " P", s.P, " D", s.D,
-                           s.batch_sizes.empty() ? "" : " packed");
+                           method == Method::kStepwise  ? " stepwise"
+                           : method == Method::kCluster ? " cluster"
+                                                        : " persistent",
+                           " draw ", index, " T", s.T, " B", s.B, " I", s.I, " H", s.H, " P", s.P,
+                           " D", s.D, s.batch_sizes.empty() ? "" : " packed");
   RandomLayer layer(cell, s);
   cuda::testing::round_layer<T>(layer);
   if (math == Math::kTf32) layer.recurrent_operand = tf32;
@@ -173,6 +182,11 @@ TEST(persistent_tf32) { run_all<float>(Method::kPersistent, Math::kTf32); }
 TEST(persistent_f64) { run_all<double>(Method::kPersistent); }
 TEST(persistent_f16) { run_all<Float16>(Method::kPersistent); }
 TEST(persistent_bf16) { run_all<BFloat16>(Method::kPersistent); }
+TEST(cluster_f32) { run_all<float>(Method::kCluster); }
+TEST(cluster_tf32) { run_all<float>(Method::kCluster, Math::kTf32); }
+TEST(cluster_f64) { run_all<double>(Method::kCluster); }
+TEST(cluster_f16) { run_all<Float16>(Method::kCluster); }
+TEST(cluster_bf16) { run_all<BFloat16>(Method::kCluster); }
 TEST(stepwise_f32) { run_all<float>(Method::kStepwise); }
 TEST(stepwise_f64) { run_all<double>(Method::kStepwise); }
 TEST(stepwise_f16) { run_all<Float16>(Method::kStepwise); }

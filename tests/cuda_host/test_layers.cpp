@@ -76,3 +76,17 @@ TEST(persistent) {
   way.chunk_steps = 2;
   check_all({.T = 3, .B = 2, .I = 3, .H = 17, .D = 2}, way);
 }
+
+TEST(cluster) {
+  Way way{.method = Method::kCluster};
+  check_all({.T = 3, .B = 2, .I = 3, .H = 5}, way);
+  way.cluster = 8;
+  check_all({.T = 2, .B = 3, .I = 4, .H = 33}, way);
+  way.cluster = 4;
+  check_all({.I = 3, .H = 70, .batch_sizes = {34, 33, 3}}, way);
+  way.cluster = 2;
+  way.batch_first = true;
+  way.gap = 3;
+  way.chunk_steps = 2;
+  check_all({.T = 3, .B = 2, .I = 3, .H = 17, .D = 2}, way);
+}
