@@ -21,10 +21,12 @@ constexpr int64_t kBackwardChunkRows = 256;
 // Weight gradients beyond the last level of cache are written and read again for every chunk: fewer
 // and larger ones then.
 constexpr int64_t kLargeGradients = 24 << 20;
-// At least: every member reads all of W_hh. Fewer were not tried where a step has one part.
+// At least: every member reads all of W_hh. Fewer than 8 were not tried where a step has one part.
 constexpr int64_t kRowsOfAShare = 8;
-// ... half as many where a step has two parts, and whole rows would go from core to core.
+// ... half as many where a step has two parts, and whole rows would go from core to core,
 constexpr int64_t kRowsOfAShareInTwoParts = 4;
+// ... more where W_hh does not stay in a core's own cache.
+constexpr int64_t kRowsOfAShareOfLargeWeights = 16;
 constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,7 +48,12 @@ Plan make_plan(const PlanInput& input) {
   const SequenceShape& s = input.shape;
   const int64_t gates = num_gates(s.cell);
   const int64_t steps = std::max<int64_t>(s.steps, 1), batch = std::max<int64_t>(s.batch, 1);
-  const int64_t least = input.two_parts ? kRowsOfAShareInTwoParts : kRowsOfAShare;
+  const double weights =
+      double(gates) * s.hidden_size * s.state_size() + double(s.proj_size) * s.hidden_size;
+  const bool large = weights * input.element_bytes > kOwnCacheBytes;
+  const int64_t least = large             ? kRowsOfAShareOfLargeWeights
+                        : input.two_parts ? kRowsOfAShareInTwoParts
+                                          : kRowsOfAShare;
   Plan plan;
 
   // An even number of blocks, where each has rows enough to reuse what it reads of the weights:
@@ -79,8 +86,6 @@ Plan make_plan(const PlanInput& input) {
   plan.chunk_steps = std::clamp<int64_t>(plan.chunk_steps, 1, steps);
 
   // One step of one thread: the larger of arithmetic and reading the recurrent weights.
-  const double weights =
-      double(gates) * s.hidden_size * s.state_size() + double(s.proj_size) * s.hidden_size;
   const double inputs = double(gates) * s.hidden_size * s.input_size;
   const double flops = 2.0 * (weights + inputs) * batch * s.directions * (input.backward ? 2 : 1);
   const bool narrow = input.bf16_products && plan.packed_weights;
@@ -115,7 +120,7 @@ Plan make_plan(const PlanInput& input) {
     const int64_t parts = s.directions * shares;
     if (parts < 2 || parts > input.max_threads) continue;
     // Every part reads all weights of its direction at every step.
-    if (batch / shares < kRowsOfAShare && bytes / s.directions > kOwnCacheBytes) continue;
+    if (large && batch / shares < least) continue;
     const double share = std::max(double(ceil_div(blocks, shares)) / double(blocks),
                                   part_of_work(s, blocks / shares * plan.row_block)) /
                          s.directions;

@@ -163,6 +163,10 @@ TEST(a_part_of_the_batch_each) {
     PlanInput in = input(50, 8, 128, 128, 2);
     in.backward = backward;
     CHECK_EQ(make_plan(in).shares, 0);
+    in = input(50, 16, 512, 512, 2);  // ... or too large weights for so few
+    in.backward = backward;
+    CHECK_EQ(make_plan(in).shares, 0);
+    CHECK_EQ(make_plan(in).row_block, 16);
     in = input(50, 32, 256, 256, 2);  // weights that do not stay in a core's own cache
     in.backward = backward;
     CHECK_EQ(make_plan(in).shares, 2);
