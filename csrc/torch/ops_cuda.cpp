@@ -145,15 +145,8 @@ auto with_type(at::ScalarType dtype, F&& f) {
   }
 }
 
-ForwardResult recurrent_cuda(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
-                             const std::optional<at::Tensor>& h_0,
-                             const std::optional<at::Tensor>& c_0, at::TensorList params,
-                             int64_t cell, bool has_biases, int64_t num_layers, bool bidirectional,
-                             bool batch_first, double dropout, bool training, bool save_reserve) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
+ForwardResult recurrent_cuda(const Inputs& inputs, const Options& options, bool save_reserve) {
+  const c10::cuda::CUDAGuard guard(inputs.input.device());
   const auto run = [&](const Inputs& one, const ForwardResult* into) {
     const Problem problem(one, options);
     return with_type(one.input.scalar_type(), [&](auto type) {
@@ -165,27 +158,19 @@ ForwardResult recurrent_cuda(const at::Tensor& input, const std::optional<at::Te
                          [&](const Inputs& one, const ForwardResult& into) { run(one, &into); });
 }
 
-std::vector<at::Tensor> recurrent_backward_cuda(
-    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_h_n,
-    const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,
-    const std::optional<at::Tensor>& batch_sizes, const std::optional<at::Tensor>& h_0,
-    const std::optional<at::Tensor>& c_0, at::TensorList params, const at::Tensor& output,
-    const at::Tensor& reserve, int64_t cell, bool has_biases, int64_t num_layers,
-    bool bidirectional, bool batch_first, double dropout, bool training,
-    c10::List<bool> output_mask) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  const Inputs inputs{input, batch_sizes, h_0, c_0, params};
-  const Options options{CellKind(cell), has_biases, num_layers, bidirectional,
-                        batch_first,    dropout,    training};
-  const auto run = [&](const Gradients& grads, const Inputs& one, const at::Tensor& y,
+std::vector<at::Tensor> recurrent_backward_cuda(const Gradients& grads, const Inputs& inputs,
+                                                const at::Tensor& output, const at::Tensor& reserve,
+                                                const Options& options,
+                                                const c10::List<bool>& output_mask) {
+  const c10::cuda::CUDAGuard guard(inputs.input.device());
+  const auto run = [&](const Gradients& own, const Inputs& one, const at::Tensor& y,
                        const at::Tensor& kept, const std::vector<at::Tensor>* into) {
     const Problem problem(one, options);
-    const BackwardArguments arguments(problem, one, y, kept, grads, output_mask);
+    const BackwardArguments arguments(problem, one, y, kept, own, output_mask);
     return with_type(one.input.scalar_type(), [&](auto type) {
       return backward_layers<CudaBackend<decltype(type)>>(problem, one, y, kept, arguments, into);
     });
   };
-  const Gradients grads = {grad_output, grad_h_n, grad_c_n};
   if (!has_members(inputs)) return run(grads, inputs, output, reserve, nullptr);
   return members_backward(
       grads, inputs, output, reserve, options, output_mask,
@@ -196,8 +181,8 @@ std::vector<at::Tensor> recurrent_backward_cuda(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnn_ext, CUDA, m) {
-  m.impl("recurrent", recurrent_cuda);
-  m.impl("recurrent_backward", recurrent_backward_cuda);
+  m.impl("recurrent", recurrent_operator<recurrent_cuda>);
+  m.impl("recurrent_backward", recurrent_backward_operator<recurrent_backward_cuda>);
 }
 
 }  // namespace rnn_ext
