@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from rnn_ext import functional as F
-from rnn_ext.layer import LayerNorm, _Call, _step_by_step, composite, layer
+from rnn_ext.layer import _TENSORS, LayerNorm, _Call, _step_by_step, composite, layer
 
 CELLS = {
     "rnn_tanh": (F.RNN_TANH, 1),
@@ -181,6 +182,27 @@ def test_operators_pass_opcheck(cell):
             torch.ops.rnn_ext.recurrent_layer.default,
             (*arguments, bool(call.get("return_cells")), True),
         )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_backward_operator_passes_opcheck(cell):
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor",
+                 "test_aot_dispatch_static")  # fmt: skip
+    for seed in range(6):
+        input, params, call = draw_call(seed, cell, lengths=False)
+        arguments = pytree.tree_map_only(
+            torch.Tensor, torch.Tensor.detach, as_call(input, params, call)
+        )
+        cells = bool(call.get("return_cells"))
+        results = torch.ops.rnn_ext.recurrent_layer(*arguments, cells, True)
+        grads = [t if t.numel() else None for t in results[:4]]
+        mask = [t is not None for t in arguments.differentiable()]
+        found = torch.library.opcheck(
+            torch.ops.rnn_ext.recurrent_layer_backward.default,
+            (*grads, *arguments[:_TENSORS], results[0], results[4], *arguments[_TENSORS:], mask),
+            test_utils=utilities,
+        )
+        assert set(found.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -179,7 +179,7 @@ def per_example_call(name: str, packed: bool) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["rnn", "relu", "gru", "lstm-stack-eval", "gru-bf16"])
+@pytest.mark.parametrize("name", ["rnn", "relu", "gru", "lstm", "lstm-stack-eval", "gru-bf16"])
 def test_opcheck_backward_per_example(name: str, packed: bool) -> None:
     backward = list(per_example_call(name, packed))
     backward[-3:-1] = [0.0, True]  # no dropout

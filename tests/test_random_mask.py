@@ -80,9 +80,14 @@ def test_share_of_ones_and_seeds_that_differ() -> None:
     assert abs((one * other).mean().item() - p * p) < 2e-3
 
 
-def test_opcheck_and_fake() -> None:
-    found = torch.library.opcheck(random_mask, (seed_of(1), [3, 5], 0.5, torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[], [0], [17], [3, 5], [2, 3, 4]])
+def test_opcheck(sizes: list[int], dtype: torch.dtype) -> None:
+    found = torch.library.opcheck(random_mask, (seed_of(1), sizes, 0.5, dtype))
     assert set(found.values()) == {"SUCCESS"}
+
+
+def test_fake() -> None:
     with FakeTensorMode() as mode:
         fake = random_mask(mode.from_tensor(seed_of(1)), [3, 5], 0.5, torch.bfloat16)
     assert fake.shape == (3, 5)

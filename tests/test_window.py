@@ -414,9 +414,13 @@ def test_autocast_computes_in_its_dtype() -> None:
         assert torch.equal(ours, theirs.float())
 
 
-@pytest.mark.parametrize("cell", ["rnn_relu", "lstm_proj", "gru"])
-def test_opcheck(cell: str) -> None:
-    layout = {"bidirectional": True} if cell == "gru" else {"num_layers": 2, "dropout": 0.3}
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"bidirectional": True}, {"num_layers": 2, "dropout": 0.3}],
+    ids=["one", "bidirectional", "stack"],
+)
+@pytest.mark.parametrize("cell", ["rnn_relu", "lstm", "lstm_proj", "gru"])
+def test_opcheck(cell: str, layout: dict) -> None:
     module = make_module(rnn_ext, cell, INPUT, HIDDEN, **layout)
     x, initial, doutput, dfinal = random_step(module, STEPS, BATCH)
     h_0, c_0 = initial if len(initial) == 2 else (initial[0], None)
