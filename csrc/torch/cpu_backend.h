@@ -69,10 +69,12 @@ Plan plan_on(Threads threads, const SequenceShape& shape, bool backward, bool bf
 inline bool bf16_products(at::ScalarType dtype) {
   if (dtype != at::kFloat) return dtype == at::kBFloat16;
   const at::Context& context = at::globalContext();
+  using Precision = at::Float32Precision;
   auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN);
-  if (precision == at::Float32Precision::NONE || precision == at::Float32Precision::DEFAULT)
+  // Not set is NONE, and DEFAULT where torch has that: 2.11 has not.
+  if (precision != Precision::IEEE && precision != Precision::TF32 && precision != Precision::BF16)
     precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
-  return precision == at::Float32Precision::BF16;
+  return precision == Precision::BF16;
 }
 
 template <class Call>
