@@ -2,7 +2,8 @@
 //
 // Phases (team.h): pack; then for every chunk of steps the input projection gx = x W_ih^T + b_ih as
 // one product, then for every step the recurrent product with the cell applied to each tile while
-// it is in the L1 cache. Both directions share the phases: direction 1 works on step T-1-s.
+// it is in the L1 cache. Where the plan says so a tile projects its own input instead, and there is
+// no gx. Both directions share the phases: direction 1 works on step T-1-s.
 #pragma once
 
 #include "../cells/gru.h"
