@@ -3,9 +3,11 @@
 // the shapes of its results; stacks of layers are walked in Python.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "cpu_backend.h"
@@ -154,16 +156,21 @@ struct Layer {
     return t ? rows<const V>(const_data<V>(*t), t->strides()) : StepRows<const V>{};
   }
 
-  // Zeros in the rows of steps beyond a row's length.
+  // Zeros in the rows of steps beyond a row's length. The tensor is contiguous.
   void clear_padding(const at::Tensor& t) const {
     if (schedule.lengths.empty() || t.numel() == 0) return;
-    const int64_t step_dim = in.batch_first ? 1 : 0;
-    const int64_t longest = shape.steps;
-    t.narrow(step_dim, longest, T - longest).zero_();
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      const int64_t length = schedule.lengths[size_t(b)];
-      if (length < longest) t.select(1 - step_dim, b).narrow(0, length, longest - length).zero_();
-    }
+    const int64_t width = t.size(2);
+    const size_t row_bytes = size_t(width * t.element_size());
+    char* const data = static_cast<char*>(t.mutable_data_ptr());
+    const int64_t rows_at_once = std::max<int64_t>(at::internal::GRAIN_SIZE / width, 1);
+    at::parallel_for(0, T * shape.batch, rows_at_once, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t step = in.batch_first ? row % T : row / shape.batch;
+        const int64_t b = in.batch_first ? row / T : row % shape.batch;
+        if (step >= schedule.lengths[size_t(b)])
+          std::memset(data + size_t(row) * row_bytes, 0, row_bytes);
+      }
+    });
   }
 
   // Values kept per unit, row and direction.
