@@ -27,20 +27,38 @@ struct BackwardPass {
   static constexpr int kSaved = Cell::kNumSaved;
   static constexpr int64_t kSumRows = 16;
 
-  // dW (M, N) = left^T right, summed over the rows of a chunk: the left operand in blocks of
+  // dW (M, N) = left^T right, summed over a group's rows of a chunk: the left operand in blocks of
   // kMaxRowBlock columns [block][row][kMaxRowBlock], the right one in panels.
   struct WeightGradient {
-    T* out = nullptr;
+    T* out = nullptr;     // of the first group, and in the end the sum of all
+    T* others = nullptr;  // (groups - 1, M, N)
     int64_t m = 0;
     Columns<T> n{0};
-    Element* left = nullptr;
-    Element* right = nullptr;
+    int64_t depth = 0;         // room for the rows of a group, in elements
+    Element* left = nullptr;   // of every group
+    Element* right = nullptr;  // of every group
+
+    T* out_of(int64_t group) const { return group == 0 ? out : others + (group - 1) * m * n.count; }
+    Element* left_of(int64_t group) const {
+      return left ? left + group * blocks_of(m, kMaxRowBlock) * kMaxRowBlock * depth : nullptr;
+    }
+    Element* right_of(int64_t group) const { return right + group * n.size(depth); }
+  };
+
+  // The rows of one group of row blocks at the steps of a chunk. In the arrays of the chunk they
+  // follow each other, in time order; where they begin is the same for all chunks, since one group
+  // may be chunks ahead of another.
+  struct Section {
+    StepRange steps;
+    int64_t first_b, batch;  // of the group
+    int64_t base, rows;      // number of the first one in the arrays, count
   };
 
   struct Direction {
     Element* w_hh;  // panels of (G*H, R)
     Element* w_hr;  // panels of (P, H)
-    T* dgx[2];  // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last
+    T* dgx[2];  // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last;
+                // a group's rows after another's
     T* dgh[2];  // of their recurrent side; the same array unless the cell tells them apart
     Element* dgx_operand[2];  // the same as operands
     Element* dgh_operand[2];
@@ -51,6 +69,7 @@ struct BackwardPass {
     Element* dh_operand;
     T* output;  // (chunk rows, padded(H)): h before the projection
     WeightGradient ih, hh, hr;
+    T* biases;  // (groups - 1, 2, G*H): b_ih's and b_hh's gradients of the groups after the first
     // Only with layer normalization.
     T* dnormal;  // (B, 2, G*H): gradients by what it yields, of the input and the recurrent side
     T* dc_row;   // (B, 3, padded(H)): by c and by o's gate, from the output; normalized c
@@ -73,6 +92,7 @@ struct BackwardPass {
   const int64_t gate_rows;  // G*H
   const bool project, norm, two_stages;
   const bool splits;  // do gradients of the gates' input side and recurrent side differ?
+  const int64_t groups;
   Columns<T> state_columns, input_columns, hidden_columns;
   Direction directions[kMaxDirections];
   Element* w_ih = nullptr;  // a panel of (G*H, I) per member of the team, only for dx
@@ -88,6 +108,7 @@ struct BackwardPass {
         norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
         splits((Cell::kSplitsGradient && !two_stages) || norm),
+        groups(norm || two_stages || c.known[0].dgx || c.gates[0].dgx ? 1 : p.groups),
         state_columns{c.shape.state_size()},
         input_columns{c.shape.input_size},
         hidden_columns{c.shape.hidden_size} {
@@ -134,17 +155,31 @@ struct BackwardPass {
       for (T** p : {&w.sums.c, &w.sums.c_bias}) *p = take(groups * H, norm && Cell::kHasCellState);
       w.dh_operand = take_operand(w.dh, rows * projection_stride(), project);
       w.output = take(rows * padded(H), project && g.w_hr);
+      w.biases = take((groups - 1) * 2 * gate_rows);
+    }
+    const auto others = [&](const T* out, int64_t size) {
+      return take((groups - 1) * size, out && groups > 1);
+    };
+    for (int d = 0; d < shape.directions; ++d) {
+      Direction& w = directions[d];
+      const DirectionGradients<T>& g = call.gradients[d];
+      w.ih.others = others(g.w_ih, gate_rows * shape.input_size);
+      w.hh.others = others(g.w_hh, gate_rows * shape.state_size());
     }
     const size_t mark = arena.mark();
+    const int64_t blocks_of_group = blocks_of(blocks_of(shape.batch, plan.row_block), groups);
+    const int64_t depth =
+        elements<P>(groups == 1 ? rows : most_steps() * blocks_of_group * plan.row_block);
     for (int d = 0; d < shape.directions; ++d) {
       const auto set_up = [&](WeightGradient& gradient, T* out, int64_t m, Columns<T> n,
                               Element* left = nullptr) {
         gradient.out = out;
         gradient.m = m;
         gradient.n = n;
-        const int64_t depth = elements<P>(rows), blocks = blocks_of(m, kMaxRowBlock);
-        gradient.left = left ? left : take_elements(blocks * kMaxRowBlock * depth, out);
-        gradient.right = take_elements(n.size(depth), out);
+        gradient.depth = depth;
+        const int64_t blocks = blocks_of(m, kMaxRowBlock);
+        gradient.left = left ? left : take_elements(groups * blocks * kMaxRowBlock * depth, out);
+        gradient.right = take_elements(groups * n.size(depth), out);
       };
       Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
@@ -157,8 +192,11 @@ struct BackwardPass {
       }
       set_up(w.hr, g.w_hr, shape.proj_size, hidden_columns);
     }
-    arena.rewind(mark);  // a chunk's weight gradients are done before its input gradient begins
-    if (call.dx.data) w_ih = arena.take<Element>(plan.threads * gate_depth() * Columns<T>::kWidth);
+    // A chunk's weight gradients are done before its input gradient begins, unless each group goes
+    // on by itself.
+    if (groups == 1) arena.rewind(mark);
+    const int64_t packers = plan.threads > groups ? plan.threads : groups;
+    if (call.dx.data) w_ih = arena.take<Element>(packers * gate_depth() * Columns<T>::kWidth);
     workspace_bytes = arena.bytes();
   }
 
@@ -166,18 +204,22 @@ struct BackwardPass {
   // workspace.
   void run(Member& team, int64_t from, int64_t to) const {
     if (from == 0) prepare(team);
-    for (int64_t s = from; s < to;) {
-      const int64_t begin = s / plan.chunk_steps * plan.chunk_steps;
-      const int64_t end =
-          begin + plan.chunk_steps < shape.steps ? begin + plan.chunk_steps : shape.steps;
-      const int64_t stop = end < to ? end : to;
-      for_steps(team, shape, plan, s, stop,
-                [&](Member& member, const Part& part, int64_t i) { step(member, part, i); });
-      s = stop;
-      if (s < end) return;
-      products(team, begin, end);
+    if (plan.shares > 0 && groups > 1 && groups % plan.shares == 0) {
+      team.for_each_alone(plan.shares, [&](Member& alone, int64_t i) {
+        const Part part = Part::share(shape, plan, i);
+        const int64_t own = groups / plan.shares;
+        for_chunks(alone, from, to, {i * own, own, i}, [&](int64_t begin, int64_t end) {
+          for (int64_t s = begin; s < end; ++s) step(alone, part, s);
+        });
+      });
+    } else {
+      for_chunks(team, from, to, {0, groups, -1}, [&](int64_t begin, int64_t end) {
+        for_steps(team, shape, plan, begin, end,
+                  [&](Member& member, const Part& part, int64_t s) { step(member, part, s); });
+      });
     }
     if (to < shape.steps) return;
+    add_groups(team);
     step(team, Part::all(shape, plan), shape.steps);  // the last product: dL/dh_0
     team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
@@ -190,7 +232,7 @@ struct BackwardPass {
       team.for_each(shape.directions * blocks, [&](int64_t i) {
         take_known(int(i / blocks), s, end, i % blocks * kMaxRowBlock);
       });
-      products(team, s, end);
+      products(team, s, end, {0, 1, -1});
     }
   }
 
@@ -202,6 +244,55 @@ struct BackwardPass {
   // Rows of W_hh whose product with the gate gradients leads to h_{t-1} directly.
   int64_t recurrent_rows() const { return two_stages ? 2 * shape.hidden_size : gate_rows; }
   int64_t recurrent_depth() const { return elements<P>(recurrent_rows()); }
+
+  // Groups that a member, or the whole team, works on.
+  struct Groups {
+    int64_t first, count;
+    int64_t packer;  // whose space for packing, -1: the team member's own
+  };
+
+  // Calls steps(begin, end) for the positions [from, to) of each chunk, and makes its products when
+  // it is complete.
+  template <class Steps>
+  void for_chunks(Member& team, int64_t from, int64_t to, const Groups& own, Steps&& steps) const {
+    for (int64_t s = from; s < to;) {
+      const int64_t begin = s / plan.chunk_steps * plan.chunk_steps;
+      const int64_t end =
+          begin + plan.chunk_steps < shape.steps ? begin + plan.chunk_steps : shape.steps;
+      const int64_t stop = end < to ? end : to;
+      steps(s, stop);
+      s = stop;
+      if (s == end) products(team, begin, end, own);
+    }
+  }
+
+  // The batch row that a group begins with, of the one after the last: the batch.
+  int64_t first_row(int64_t group) const {
+    const int64_t row = blocks_of(shape.batch, plan.row_block) * group / groups * plan.row_block;
+    return row < shape.batch ? row : shape.batch;
+  }
+  int64_t most_steps() const {  // of a chunk
+    return plan.chunk_steps < shape.steps ? plan.chunk_steps : shape.steps;
+  }
+  Section section(int d, int64_t s, int64_t end, int64_t group) const {
+    const StepRange steps = range_at(shape, reversed(d), s, end);
+    if (groups == 1) return {steps, 0, shape.batch, 0, steps.rows};
+    const int64_t first = first_row(group), batch = first_row(group + 1) - first;
+    return {steps, first, batch, most_steps() * first, (end - s) * batch};
+  }
+  // Visits rows [begin, end) of a section: visit(row in it, t, b).
+  template <class Visit>
+  void for_rows_of(const Section& section, int64_t begin, int64_t end, Visit&& visit) const {
+    if (groups == 1) return for_rows(shape, section.steps, begin, end, visit);
+    int64_t t = section.steps.first + begin / section.batch, b = begin % section.batch;
+    for (int64_t row = begin; row < end; ++row) {
+      visit(row, t, section.first_b + b);
+      if (++b == section.batch) {
+        b = 0;
+        ++t;
+      }
+    }
+  }
 
   // Backward undoes the directions' own order.
   bool reversed(int d) const { return d == 0; }
@@ -298,10 +389,16 @@ struct BackwardPass {
     return range_at(shape, reversed(d), begin, end < shape.steps ? end : shape.steps);
   }
 
-  // Where the values of (position s, batch row 0) stand in the arrays of its chunk.
-  int64_t chunk_row(int d, int64_t s) const {
-    return shape.first_row(step_at(shape, reversed(d), s)) -
-           chunk_range(d, s / plan.chunk_steps).base;
+  // Where the values of (position s, batch row b) stand in the arrays of its chunk; those of the
+  // other rows of b's block follow.
+  int64_t chunk_row(int d, int64_t s, int64_t b) const {
+    const StepRange steps = chunk_range(d, s / plan.chunk_steps);
+    const int64_t t = step_at(shape, reversed(d), s);
+    if (groups == 1) return shape.first_row(t) - steps.base + b;
+    int64_t group = groups - 1;
+    while (first_row(group) > b) --group;
+    const int64_t first = first_row(group), batch = first_row(group + 1) - first;
+    return most_steps() * first + (t - steps.first) * batch + b - first;
   }
   int slot(int64_t s) const { return int(s / plan.chunk_steps & 1); }
 
@@ -374,7 +471,7 @@ struct BackwardPass {
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* carry = w.carry + begin * stride + first;
     if (earlier > 0) {
-      const Element* dg = w.dgh_operand[slot(s - 1)] + (chunk_row(d, s - 1) + begin) * gate_depth();
+      const Element* dg = w.dgh_operand[slot(s - 1)] + chunk_row(d, s - 1, begin) * gate_depth();
       multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, gate_depth()},
                         w.w_hh + state_columns.offset(panel, recurrent_depth()), nullptr, 0, tile,
                         width);
@@ -402,7 +499,7 @@ struct BackwardPass {
     for (int64_t r = now; r < rows; ++r) copy_row(carry + r * stride, tile + r * width, width);
     if (now == 0) return;
 
-    const int64_t t = step_at(shape, reversed(d), s);
+    const int64_t t = step_at(shape, reversed(d), s), first_row = chunk_row(d, s, begin);
     if (call.dy.data) {
       for (int64_t r = 0; r < now; ++r) {
         const T* dy = call.dy.at(shape, t, begin + r) + d * R + first;
@@ -415,7 +512,7 @@ struct BackwardPass {
     }
     if (project || norm) {
       for (int64_t r = 0; r < now; ++r) {
-        const int64_t row = (norm ? 0 : chunk_row(d, s)) + begin + r;
+        const int64_t row = norm ? begin + r : first_row + r;
         copy_row(w.dh + row * stride + first, tile + r * width, width);
         if (!kValuesAreOperands && project) {
           for (int64_t i = 0; i < width; i += kLanes<T>)
@@ -428,7 +525,7 @@ struct BackwardPass {
       for (int64_t r = 0; r < now; ++r)
         for (int v = 0; v < vectors; ++v)
           store(carry + r * stride + v * kLanes<T>,
-                unit_backward<false>(d, s, t, begin + r, first + v * kLanes<T>,
+                unit_backward<false>(d, s, t, begin + r, first_row + r, first + v * kLanes<T>,
                                      load(tile + r * width + v * kLanes<T>)));
     }
   }
@@ -465,20 +562,21 @@ struct BackwardPass {
     const int vectors = hidden_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    const Element* dh = w.dh_operand + (chunk_row(d, s) + begin) * projection_stride();
+    const int64_t first_row = chunk_row(d, s, begin);
+    const Element* dh = w.dh_operand + first_row * projection_stride();
     multiply_panel<P>(vectors, now, depth, {dh, projection_stride()},
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < now; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward<false>(d, s, t, begin + r, first + v * kLanes<T>,
+        unit_backward<false>(d, s, t, begin + r, first_row + r, first + v * kLanes<T>,
                              load(tile + r * width + v * kLanes<T>));
   }
 
   // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
-  // pass through W_hh. kNorm: for norm_row.
+  // pass through W_hh. `row`: where it stands in the arrays of its chunk. kNorm: for norm_row.
   template <bool kNorm>
-  RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t unit,
-                                      Vec<T> dh) const {
+  RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t row,
+                                      int64_t unit, Vec<T> dh) const {
     if constexpr (kGates == 3) {
       if (two_stages) return second_stage(d, s, t, b, unit, dh);
     }
@@ -493,7 +591,7 @@ struct BackwardPass {
       for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden);
       if constexpr (Cell::kHasCellState) {
         if (w.output)
-          store(w.output + (chunk_row(d, s) + b) * hidden + unit,
+          store(w.output + row * hidden + unit,
                 Cell::template output<VectorMath<T>, Vec<T>>(math, saved));
       }
     }
@@ -545,7 +643,6 @@ struct BackwardPass {
       }
       store(w.dc + b * hidden + unit, u.dc);
     }
-    const int64_t row = chunk_row(d, s) + b;
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g) {
       const int64_t column = g * H + unit;
@@ -568,8 +665,8 @@ struct BackwardPass {
   }
 
   // In weight_gradients.h: all that follows from the gate gradients of a chunk.
-  void products(Member& team, int64_t s, int64_t end) const;
-  void pack_chunk(Member& team, int64_t s, int64_t end) const;
+  void products(Member& team, int64_t s, int64_t end, const Groups& own) const;
+  void pack_chunk(Member& team, int64_t s, int64_t end, const Groups& own) const;
   static void pack_left(const T* from, int64_t ld, int64_t rows, int64_t block, Element* blocks,
                         int64_t m);
   void sum_rows(const T* from, int64_t n, int64_t rows, int64_t block, bool first_chunk, T* bias,
@@ -577,13 +674,14 @@ struct BackwardPass {
   void take_sums(T* from, int64_t n, int64_t groups, int64_t block, bool first_chunk, T* to,
                  T* also) const;
   template <class Source>
-  void pack_right(const StepRange& range, int64_t panel, const WeightGradient& gradient,
-                  Source&& source, const T* mask = nullptr) const;
-  void weight_gradients(Member& team, int64_t s, int64_t end) const;
-  static void weight_tile(const WeightGradient& g, int64_t panel, int64_t block, int64_t rows,
-                          bool first_chunk);
-  void input_gradient(Member& team, int d, int64_t s, int64_t end) const;
-  void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
+  void pack_right(const Section& section, int64_t panel, const WeightGradient& gradient,
+                  int64_t group, Source&& source, const T* mask = nullptr) const;
+  void weight_gradients(Member& team, int64_t s, int64_t end, const Groups& own) const;
+  static void weight_tile(const WeightGradient& g, int64_t group, int64_t panel, int64_t block,
+                          int64_t rows, bool first_chunk);
+  void add_groups(Member& team) const;
+  void input_gradient(Member& team, int d, int64_t s, int64_t end, const Groups& own) const;
+  void input_tile(int d, int64_t panel, const Element* packed, const Section& section,
                   int64_t begin, int64_t s) const;
   bool other_was_here(int d, int64_t t, int64_t chunk) const;
 

@@ -157,7 +157,7 @@ void BackwardPass<P, Cell>::normalize_backward(const NormSide& side) const {
 template <class P, class Cell>
 void BackwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t b, int64_t group) const {
   const Direction& w = directions[d];
-  const int64_t t = step_at(shape, reversed(d), s), row = chunk_row(d, s) + b;
+  const int64_t t = step_at(shape, reversed(d), s), row = chunk_row(d, s, b);
   const int64_t H = shape.hidden_size, hidden = padded(H), n = gate_rows;
   const T* const dh = w.dh + b * hidden;
   const T* const of_h = reserve_row(d, t, b) + features.kept_of_cell(shape.cell) * hidden;
@@ -165,7 +165,7 @@ void BackwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t b, int64_t group)
   const T* const kept = of_x + kGates * hidden;
   if constexpr (Cell::kHasCellState) norm_output(d, t, b, group, dh, kept);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>)
-    store(w.carry + b * hidden + unit, unit_backward<true>(d, s, t, b, unit, load(dh + unit)));
+    store(w.carry + b * hidden + unit, unit_backward<true>(d, s, t, b, row, unit, load(dh + unit)));
   const T* const dx = w.dnormal + b * 2 * n;
   constexpr bool kSplits = Cell::kSplitsGradient;
   normalize_backward({kSplits ? dx + n : dx, features.norm_hh[d], of_h, kept[0],

@@ -27,6 +27,7 @@ constexpr int64_t kRowsOfAShare = 8;
 constexpr int64_t kRowsOfAShareInTwoParts = 4;
 // ... more where W_hh does not stay in a core's own cache.
 constexpr int64_t kRowsOfAShareOfLargeWeights = 16;
+constexpr int64_t kMostGroups = 4;     // each has gradients of its own
 constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -75,18 +76,24 @@ Plan make_plan(const PlanInput& input) {
   plan.packed_recurrent = plan.packed_weights && (input.backward || batch > 1 ||
                                                   s.state_size() < kLongRow || input.bf16_products);
 
+  // By the shape alone, too: it is an order of summation. Gradients of one more group are to stay
+  // in a core's own cache.
+  const double inputs = double(gates) * s.hidden_size * s.input_size;
+  if (input.backward && !s.batch_sizes && s.proj_size == 0 && s.directions == 1 &&
+      batch >= 2 * least && (weights + inputs) * input.element_bytes <= kOwnCacheBytes)
+    plan.groups = std::min(blocks, kMostGroups);
+
   const int64_t row_bytes = gates * padded(s.hidden_size) * input.element_bytes;
-  if (input.backward)
-    plan.chunk_steps = ceil_div(row_bytes * (s.input_size + s.state_size()) > kLargeGradients
-                                    ? 2 * kBackwardChunkRows
-                                    : kBackwardChunkRows,
-                                batch);
-  else
+  if (input.backward) {
+    const bool large_gradients = row_bytes * (s.input_size + s.state_size()) > kLargeGradients;
+    const int64_t rows = kBackwardChunkRows * (large_gradients || plan.groups > 2 ? 2 : 1);
+    plan.chunk_steps = ceil_div(rows, batch);
+  } else {
     plan.chunk_steps = kForwardChunkBytes / std::max<int64_t>(row_bytes * batch, 1);
+  }
   plan.chunk_steps = std::clamp<int64_t>(plan.chunk_steps, 1, steps);
 
   // One step of one thread: the larger of arithmetic and reading the recurrent weights.
-  const double inputs = double(gates) * s.hidden_size * s.input_size;
   const double flops = 2.0 * (weights + inputs) * batch * s.directions * (input.backward ? 2 : 1);
   const bool narrow = input.bf16_products && plan.packed_weights;
   const int operand_bytes = narrow ? 2 : input.element_bytes;

@@ -157,7 +157,7 @@ void BackwardPass<P, Cell>::first_stage(int d, int64_t panel, int64_t s, int64_t
       const T* const reserve = reserve_row(d, t, b) + unit;
       const Vec<T> saved[] = {load(reserve)};
       if (w.reset_h)
-        store(w.reset_h + (chunk_row(d, s) + b) * hidden + unit, load(reserve + 3 * hidden));
+        store(w.reset_h + chunk_row(d, s, b) * hidden + unit, load(reserve + 3 * hidden));
       T* const carry = w.carry + b * hidden + unit;
       store(carry, load(carry) + GruResetBefore::backward_gates(
                                      math, saved,
@@ -171,7 +171,7 @@ template <class P, class Cell>
 void BackwardPass<P, Cell>::store_gate(int d, int64_t s, int64_t b, int gate, int64_t unit,
                                        Vec<T> value) const {
   const Direction& w = directions[d];
-  const int64_t H = shape.hidden_size, row = chunk_row(d, s) + b, column = gate * H + unit;
+  const int64_t H = shape.hidden_size, row = chunk_row(d, s, b), column = gate * H + unit;
   store_upto(w.dgx[slot(s)] + row * gate_rows + column, value, H - unit);
   if constexpr (!kValuesAreOperands)
     P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, value, H - unit);

@@ -7,16 +7,18 @@
 namespace rnn_ext::RNN_EXT_ISA {
 
 template <class P, class Cell>
-void BackwardPass<P, Cell>::products(Member& team, int64_t s, int64_t end) const {
-  pack_chunk(team, s, end);
-  weight_gradients(team, s, end);
+void BackwardPass<P, Cell>::products(Member& team, int64_t s, int64_t end,
+                                     const Groups& own) const {
+  pack_chunk(team, s, end, own);
+  weight_gradients(team, s, end, own);
   if (call.dx.data)
-    for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end);
+    for (int d = 0; d < shape.directions; ++d) input_gradient(team, d, s, end, own);
 }
 
 // Left operands in blocks (with the bias sums, which read the same values), right ones in panels.
 template <class P, class Cell>
-void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end) const {
+void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end,
+                                       const Groups& own) const {
   const int64_t gate_blocks = blocks_of(gate_rows, kMaxRowBlock);
   const int64_t projection_blocks = blocks_of(shape.proj_size, kMaxRowBlock);
   const int64_t hidden_blocks = blocks_of(shape.hidden_size, kMaxRowBlock);
@@ -28,67 +30,73 @@ void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end) con
                             hidden_columns.panels(),
                             norm ? gate_blocks : 0,
                             norm && Cell::kHasCellState ? hidden_blocks : 0};
-  const int64_t groups = row_groups(shape, plan);
+  const int64_t sums = row_groups(shape, plan);
   int64_t jobs = 0;
   for (int64_t count : counts) jobs += count;
-  team.for_each(shape.directions * jobs, [&](int64_t job) {
-    const int d = int(job / jobs);
+  team.for_each(shape.directions * own.count * jobs, [&](int64_t job) {
+    const int d = int(job / (own.count * jobs));
+    const int64_t group = own.first + job / jobs % own.count;
     const Direction& w = directions[d];
     const DirectionGradients<T>& g = call.gradients[d];
-    const StepRange range = range_at(shape, reversed(d), s, end);
+    const Section rows = section(d, s, end, group);
+    const T* const dgx = w.dgx[slot(s)] + rows.base * gate_rows;
+    const T* const dgh = w.dgh[slot(s)] + rows.base * gate_rows;
+    T* const biases = group > 0 ? w.biases + (group - 1) * 2 * gate_rows : nullptr;
+    T* const b_ih = g.b_ih && biases ? biases : g.b_ih;
+    T* const b_hh = g.b_hh && biases ? biases + gate_rows : g.b_hh;
     int64_t i = job % jobs;
     int kind = 0;
     while (i >= counts[kind]) i -= counts[kind++];
     switch (kind) {
       case 0: {
         const bool both = !splits;
-        pack_left(w.dgx[slot(s)], gate_rows, range.rows, i,
-                  both && !two_stages && !w.ih.left ? w.hh.left : w.ih.left, gate_rows);
+        pack_left(dgx, gate_rows, rows.rows, i,
+                  (both && !two_stages && !w.ih.left ? w.hh : w.ih).left_of(group), gate_rows);
         if (two_stages) {
           const int64_t H = shape.hidden_size;
-          pack_left(w.dgx[slot(s)], gate_rows, range.rows, i, w.hh.left, 2 * H);
-          pack_left(w.dgx[slot(s)] + 2 * H, gate_rows, range.rows, i, w.candidate.left, H);
+          pack_left(dgx, gate_rows, rows.rows, i, w.hh.left, 2 * H);
+          pack_left(dgx + 2 * H, gate_rows, rows.rows, i, w.candidate.left, H);
         }
         if (norm) return;
-        return sum_rows(w.dgx[slot(s)], gate_rows, range.rows, i, s == 0, g.b_ih,
-                        both ? g.b_hh : nullptr);
+        return sum_rows(dgx, gate_rows, rows.rows, i, s == 0, b_ih, both ? b_hh : nullptr);
       }
       case 1:
         if (!splits) return;
-        pack_left(w.dgh[slot(s)], gate_rows, range.rows, i, w.hh.left, gate_rows);
+        pack_left(dgh, gate_rows, rows.rows, i, w.hh.left_of(group), gate_rows);
         if (norm) return;
-        return sum_rows(w.dgh[slot(s)], gate_rows, range.rows, i, s == 0, g.b_hh, nullptr);
+        return sum_rows(dgh, gate_rows, rows.rows, i, s == 0, b_hh, nullptr);
       case 2:
-        return pack_left(w.dh, padded(shape.proj_size), range.rows, i, w.hr.left, shape.proj_size);
+        return pack_left(w.dh, padded(shape.proj_size), rows.rows, i, w.hr.left, shape.proj_size);
       case 3:
-        return pack_right(range, i, w.ih,
+        return pack_right(rows, i, w.ih, group,
                           [&](int64_t, int64_t t, int64_t b) { return call.x.at(shape, t, b); });
       case 4:
         if (two_stages)
           pack_right(
-              range, i, w.candidate,
+              rows, i, w.candidate, group,
               [&](int64_t row, int64_t, int64_t) {
                 return static_cast<const T*>(w.reset_h) + row * padded(shape.hidden_size);
               },
               features.hidden_mask[d]);
         return pack_right(
-            range, i, w.hh, [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); },
+            rows, i, w.hh, group,
+            [&](int64_t, int64_t t, int64_t b) { return previous_h(d, t, b); },
             features.hidden_mask[d]);
       case 5:
-        return pack_right(range, i, w.hr, [&](int64_t row, int64_t, int64_t) {
+        return pack_right(rows, i, w.hr, group, [&](int64_t row, int64_t, int64_t) {
           return static_cast<const T*>(w.output) + row * padded(shape.hidden_size);
         });
       case 6:
-        take_sums(w.sums.ih, gate_rows, groups, i, s == 0, g.norm_ih, nullptr);
-        take_sums(w.sums.hh, gate_rows, groups, i, s == 0, g.norm_hh, nullptr);
-        take_sums(w.sums.b_ih, gate_rows, groups, i, s == 0, g.b_ih,
+        take_sums(w.sums.ih, gate_rows, sums, i, s == 0, g.norm_ih, nullptr);
+        take_sums(w.sums.hh, gate_rows, sums, i, s == 0, g.norm_hh, nullptr);
+        take_sums(w.sums.b_ih, gate_rows, sums, i, s == 0, g.b_ih,
                   Cell::kSplitsGradient ? nullptr : g.b_hh);
         if (Cell::kSplitsGradient)
-          take_sums(w.sums.b_hh, gate_rows, groups, i, s == 0, g.b_hh, nullptr);
+          take_sums(w.sums.b_hh, gate_rows, sums, i, s == 0, g.b_hh, nullptr);
         return;
       case 7:
-        take_sums(w.sums.c, shape.hidden_size, groups, i, s == 0, g.norm_c, nullptr);
-        take_sums(w.sums.c_bias, shape.hidden_size, groups, i, s == 0, g.norm_c_bias, nullptr);
+        take_sums(w.sums.c, shape.hidden_size, sums, i, s == 0, g.norm_c, nullptr);
+        take_sums(w.sums.c_bias, shape.hidden_size, sums, i, s == 0, g.norm_c_bias, nullptr);
     }
   });
 }
@@ -138,14 +146,14 @@ void BackwardPass<P, Cell>::take_sums(T* from, int64_t n, int64_t groups, int64_
 // `mask` (B, count of columns): factors of the source's rows, null means ones.
 template <class P, class Cell>
 template <class Source>
-void BackwardPass<P, Cell>::pack_right(const StepRange& range, int64_t panel,
-                                       const WeightGradient& gradient, Source&& source,
-                                       const T* mask) const {
+void BackwardPass<P, Cell>::pack_right(const Section& section, int64_t panel,
+                                       const WeightGradient& gradient, int64_t group,
+                                       Source&& source, const T* mask) const {
   if (!gradient.right) return;
   const int vectors = gradient.n.vectors(panel);
   const int64_t first = gradient.n.first(panel);
-  Element* to = gradient.right + gradient.n.offset(panel, elements<P>(range.rows));
-  for_rows(shape, range, 0, range.rows, [&](int64_t row, int64_t t, int64_t b) {
+  Element* to = gradient.right_of(group) + gradient.n.offset(panel, elements<P>(section.rows));
+  for_rows_of(section, 0, section.rows, [&](int64_t row, int64_t t, int64_t b) {
     const T* const from = source(row, t, b);
     const T* values = from ? from + first : nullptr;
     const int64_t count = gradient.n.count - first;
@@ -161,43 +169,47 @@ void BackwardPass<P, Cell>::pack_right(const StepRange& range, int64_t panel,
 }
 
 template <class P, class Cell>
-void BackwardPass<P, Cell>::weight_gradients(Member& team, int64_t s, int64_t end) const {
+void BackwardPass<P, Cell>::weight_gradients(Member& team, int64_t s, int64_t end,
+                                             const Groups& own) const {
   struct Part {
     const WeightGradient* gradient;
-    int64_t rows, jobs;
+    int64_t jobs;
+    int d;
   } parts[4 * kMaxDirections];
   int n = 0;
   int64_t jobs = 0;
   for (int d = 0; d < shape.directions; ++d) {
-    const int64_t rows = range_at(shape, reversed(d), s, end).rows;
     for (const WeightGradient* g :
          {&directions[d].ih, &directions[d].hh, &directions[d].hr, &directions[d].candidate}) {
       if (!g->out) continue;
-      parts[n] = {g, rows, g->n.panels() * blocks_of(g->m, kMaxRowBlock)};
+      parts[n] = {g, own.count * g->n.panels() * blocks_of(g->m, kMaxRowBlock), d};
       jobs += parts[n++].jobs;
     }
   }
   team.for_each(jobs, [&](int64_t i) {
     const Part* part = parts;
     while (i >= part->jobs) i -= (part++)->jobs;
-    const int64_t blocks = blocks_of(part->gradient->m, kMaxRowBlock);
-    weight_tile(*part->gradient, i / blocks, i % blocks, part->rows, s == 0);
+    const WeightGradient& g = *part->gradient;
+    const int64_t blocks = blocks_of(g.m, kMaxRowBlock), tiles = blocks * g.n.panels();
+    const int64_t group = own.first + i / tiles;
+    weight_tile(g, group, i % tiles / blocks, i % blocks, section(part->d, s, end, group).rows,
+                s == 0);
   });
 }
 
 template <class P, class Cell>
-void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t panel, int64_t block,
-                                        int64_t rows, bool first_chunk) {
+void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t group, int64_t panel,
+                                        int64_t block, int64_t rows, bool first_chunk) {
   const int64_t m = block * kMaxRowBlock, count = g.m - m < kMaxRowBlock ? g.m - m : kMaxRowBlock;
   const int64_t first = g.n.first(panel);
   const int vectors = g.n.vectors(panel);
   const int64_t width = vectors * kLanes<T>;
   alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
   const int64_t depth = elements<P>(rows);
-  multiply_panel<P>(vectors, count, depth, {g.left + m * depth, 1, kMaxRowBlock},
-                    g.right + g.n.offset(panel, depth), nullptr, 0, tile, width);
+  multiply_panel<P>(vectors, count, depth, {g.left_of(group) + m * depth, 1, kMaxRowBlock},
+                    g.right_of(group) + g.n.offset(panel, depth), nullptr, 0, tile, width);
   for (int64_t r = 0; r < count; ++r) {
-    T* out = g.out + (m + r) * g.n.count + first;
+    T* out = g.out_of(group) + (m + r) * g.n.count + first;
     for (int v = 0; v < vectors; ++v) {
       const int64_t rest = g.n.count - first - v * kLanes<T>;
       Vec<T> sum = load(tile + r * width + v * kLanes<T>);
@@ -207,37 +219,72 @@ void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t panel, 
   }
 }
 
+// The sums of all groups, in the place of the first one's.
+template <class P, class Cell>
+void BackwardPass<P, Cell>::add_groups(Member& team) const {
+  if (groups == 1) return;
+  const Direction& w = directions[0];
+  const DirectionGradients<T>& g = call.gradients[0];
+  const auto add = [&](T* out, const T* others, int64_t stride, int64_t count) {
+    for (int64_t group = 1; group < groups; ++group, others += stride)
+      for (int64_t i = 0; i < count; i += kLanes<T>)
+        store_upto(out + i, load_upto(out + i, count - i) + load_upto(others + i, count - i),
+                   count - i);
+  };
+  team.for_each(blocks_of(gate_rows, kMaxRowBlock), [&](int64_t block) {
+    const int64_t first = block * kMaxRowBlock, rest = gate_rows - first;
+    const int64_t rows = rest < kMaxRowBlock ? rest : kMaxRowBlock;
+    for (const WeightGradient* weight : {&w.ih, &w.hh}) {
+      const int64_t n = weight->n.count;
+      if (weight->out)
+        add(weight->out + first * n, weight->others + first * n, gate_rows * n, rows * n);
+    }
+    if (g.b_ih) add(g.b_ih + first, w.biases + first, 2 * gate_rows, rows);
+    if (g.b_hh) add(g.b_hh + first, w.biases + gate_rows + first, 2 * gate_rows, rows);
+  });
+}
+
 // dx = dgx W_ih. Of two directions the one that reaches a step first writes, the other adds: a
 // sum of two terms is the same either way. Their chunks run in separate phases. A job packs the
 // panel it needs into its member's own space: a copy of all of W_ih would count in peak memory.
 template <class P, class Cell>
-void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64_t end) const {
-  const StepRange range = range_at(shape, reversed(d), s, end);
-  const int64_t panels = input_columns.panels(), blocks = blocks_of(range.rows, kMaxRowBlock);
+void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64_t end,
+                                           const Groups& own) const {
+  // Blocks of the largest group, which is the last one to be empty.
+  int64_t largest = 0;
+  for (int64_t group = own.first; group < own.first + own.count; ++group) {
+    const int64_t rows = section(d, s, end, group).rows;
+    if (rows > largest) largest = rows;
+  }
+  const int64_t of_group = blocks_of(largest, kMaxRowBlock), blocks = own.count * of_group;
+  const int64_t panels = input_columns.panels();
   const int64_t most = blocks_of(team.members(), panels);  // fewer panels than members: share them
   const int64_t shares = most < blocks ? most : blocks;
-  Element* panel_of_member = w_ih + team.id() * gate_depth() * Columns<T>::kWidth;
+  const int64_t packer = own.packer < 0 ? team.id() : own.packer;
+  Element* panel_of_member = w_ih + packer * gate_depth() * Columns<T>::kWidth;
   team.for_each(panels * shares, [&](int64_t i) {
     const int64_t panel = i / shares, share = i % shares;
     const DirectionWeights<T>& from = call.weights[d];
     pack_panel(from.w_ih, from.ld_ih, gate_rows, input_columns, panel, panel_of_member);
     for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
-      input_tile(d, panel, panel_of_member, range, block * kMaxRowBlock, s);
+      input_tile(d, panel, panel_of_member, section(d, s, end, own.first + block / of_group),
+                 block % of_group * kMaxRowBlock, s);
   });
 }
 
 template <class P, class Cell>
 void BackwardPass<P, Cell>::input_tile(int d, int64_t panel, const Element* packed,
-                                       const StepRange& range, int64_t begin, int64_t s) const {
-  const int64_t rows = range.rows - begin < kMaxRowBlock ? range.rows - begin : kMaxRowBlock;
+                                       const Section& section, int64_t begin, int64_t s) const {
+  const int64_t rest = section.rows - begin, rows = rest < kMaxRowBlock ? rest : kMaxRowBlock;
+  if (rows <= 0) return;
   const int64_t first = input_columns.first(panel), chunk = s / plan.chunk_steps;
   const int vectors = input_columns.vectors(panel);
   const int64_t width = vectors * kLanes<T>;
   alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-  const Element* dg = directions[d].dgx_operand[slot(s)] + begin * gate_depth();
+  const Element* dg = directions[d].dgx_operand[slot(s)] + (section.base + begin) * gate_depth();
   multiply_panel<P>(vectors, rows, gate_depth(), {dg, gate_depth()}, packed, nullptr, 0, tile,
                     width);
-  for_rows(shape, range, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
+  for_rows_of(section, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
     const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
     T* dx = call.dx.at(shape, t, b) + first;
     for (int v = 0; v < vectors; ++v) {

@@ -88,10 +88,10 @@ class RandomLayer : public Layer {
 // How a layer is run: memory layout and plan.
 struct Setting {
   bool batch_first = false;
-  int64_t gap = 0;                         // elements between rows, in data and weights
-  int64_t chunk_steps = 0, row_block = 0;  // 0: as planned
-  int packed_weights = -1;                 // -1: as planned
-  int packed_recurrent = -1;               // likewise
+  int64_t gap = 0;                                     // elements between rows, in data and weights
+  int64_t chunk_steps = 0, row_block = 0, groups = 0;  // 0: as planned
+  int packed_weights = -1;                             // -1: as planned
+  int packed_recurrent = -1;                           // likewise
   int threads = 1;
   Runner runner = nullptr;
   bool training = true;  // keep the reserve
@@ -188,6 +188,7 @@ void run_call(const Call& call, bool backward, const Setting& setting) {
   plan.shares = setting.shares;
   plan.directions_in_turn = setting.directions_in_turn;
   if (setting.row_block) plan.row_block = setting.row_block;
+  if (setting.groups) plan.groups = setting.groups;
   if (setting.packed_weights >= 0) plan.packed_weights = setting.packed_weights != 0;
   if (setting.project_in_step >= 0) plan.project_in_step = setting.project_in_step != 0;
   if (!plan.packed_weights) plan.project_in_step = false;

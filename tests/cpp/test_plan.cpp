@@ -82,6 +82,7 @@ TEST(same_rounding) {
       CHECK_EQ(plan.packed_recurrent, one.packed_recurrent);
       CHECK_EQ(plan.chunk_steps, one.chunk_steps);
       CHECK_EQ(plan.row_block, one.row_block);
+      CHECK_EQ(plan.groups, one.groups);
       CHECK_EQ(plan.project_in_step, one.project_in_step);
     };
     for (int max_threads : {2, 3, 64}) {
@@ -157,6 +158,7 @@ TEST(a_part_of_the_batch_each) {
       CHECK_EQ(plan.threads, 2);
       CHECK_EQ(plan.shares, 2);
       CHECK((batch + plan.row_block - 1) / plan.row_block % 2 == 0);  // and as many each
+      CHECK_EQ(plan.groups, !backward ? 1 : batch > 96 ? 4 : 2);
       in.shape.directions = 2;
       CHECK_EQ(make_plan(in).shares, 1);
     }
@@ -170,6 +172,7 @@ TEST(a_part_of_the_batch_each) {
     in = input(50, 32, 256, 256, 2);  // weights that do not stay in a core's own cache
     in.backward = backward;
     CHECK_EQ(make_plan(in).shares, 2);
+    CHECK_EQ(make_plan(in).groups, 1);
     CHECK(!make_plan(in).project_in_step);
     // Rows of very different lengths: the first half of them would have most of the steps.
     const std::vector<int64_t> sizes = {32, 32, 16, 16, 16, 16, 16, 16};

@@ -271,6 +271,8 @@ void check_cell(CellKind cell) {
     const int64_t P = cell == CellKind::kLstm ? 11 : 0;
     check_same_bits(cell, {.T = 7, .B = 3, .I = 9, .H = 35, .D = 2}, {.chunk_steps = 3});
     check_same_bits(cell, {.T = 4, .B = 50, .I = 5, .H = 6}, {.row_block = 12});
+    check_same_bits(cell, {.T = 5, .B = 17, .I = 9, .H = 35},
+                    {.chunk_steps = 2, .row_block = 4, .groups = 4});
     check_same_bits(cell, {.T = 6, .B = 9, .I = 7, .H = 35, .D = 2},
                     {.chunk_steps = 4, .row_block = 4, .packed_weights = 1, .project_in_step = 1});
     check_same_bits(cell, {.T = 3, .B = 1, .I = 5, .H = 40}, {.packed_weights = 0});
