@@ -46,8 +46,7 @@ struct BackwardPass {
   };
 
   // The rows of one group of row blocks at the steps of a chunk. In the arrays of the chunk they
-  // follow each other, in time order; where they begin is the same for all chunks, since one group
-  // may be chunks ahead of another.
+  // follow each other, in time order.
   struct Section {
     StepRange steps;
     int64_t first_b, batch;  // of the group
@@ -167,9 +166,10 @@ struct BackwardPass {
       w.hh.others = others(g.w_hh, gate_rows * shape.state_size());
     }
     const size_t mark = arena.mark();
+    // Of the largest group, and so of all rows where there is but one.
     const int64_t blocks_of_group = blocks_of(blocks_of(shape.batch, plan.row_block), groups);
-    const int64_t depth =
-        elements<P>(groups == 1 ? rows : most_steps() * blocks_of_group * plan.row_block);
+    const int64_t group_rows = plan.chunk_steps * blocks_of_group * plan.row_block;
+    const int64_t depth = elements<P>(group_rows < rows ? group_rows : rows);
     for (int d = 0; d < shape.directions; ++d) {
       const auto set_up = [&](WeightGradient& gradient, T* out, int64_t m, Columns<T> n,
                               Element* left = nullptr) {
@@ -204,19 +204,26 @@ struct BackwardPass {
   // workspace.
   void run(Member& team, int64_t from, int64_t to) const {
     if (from == 0) prepare(team);
-    if (plan.shares > 0 && groups > 1 && groups % plan.shares == 0) {
-      team.for_each_alone(plan.shares, [&](Member& alone, int64_t i) {
-        const Part part = Part::share(shape, plan, i);
-        const int64_t own = groups / plan.shares;
-        for_chunks(alone, from, to, {i * own, own, i}, [&](int64_t begin, int64_t end) {
-          for (int64_t s = begin; s < end; ++s) step(alone, part, s);
+    // Whole groups each: a member makes the products of its own rows, too.
+    const bool apart = plan.shares > 0 && groups > 1 && groups % plan.shares == 0;
+    for (int64_t s = from; s < to;) {
+      const int64_t begin = s / plan.chunk_steps * plan.chunk_steps;
+      const int64_t end =
+          begin + plan.chunk_steps < shape.steps ? begin + plan.chunk_steps : shape.steps;
+      const int64_t stop = end < to ? end : to;
+      if (apart) {
+        team.for_each_alone(plan.shares, [&](Member& alone, int64_t i) {
+          const Part part = Part::share(shape, plan, i);
+          for (int64_t position = s; position < stop; ++position) step(alone, part, position);
+          const int64_t own = groups / plan.shares;
+          if (stop == end) products(alone, begin, end, {i * own, own, i});
         });
-      });
-    } else {
-      for_chunks(team, from, to, {0, groups, -1}, [&](int64_t begin, int64_t end) {
-        for_steps(team, shape, plan, begin, end,
-                  [&](Member& member, const Part& part, int64_t s) { step(member, part, s); });
-      });
+      } else {
+        for_steps(team, shape, plan, s, stop,
+                  [&](Member& member, const Part& part, int64_t i) { step(member, part, i); });
+        if (stop == end) products(team, begin, end, {0, groups, -1});
+      }
+      s = stop;
     }
     if (to < shape.steps) return;
     add_groups(team);
@@ -251,34 +258,16 @@ struct BackwardPass {
     int64_t packer;  // whose space for packing, -1: the team member's own
   };
 
-  // Calls steps(begin, end) for the positions [from, to) of each chunk, and makes its products when
-  // it is complete.
-  template <class Steps>
-  void for_chunks(Member& team, int64_t from, int64_t to, const Groups& own, Steps&& steps) const {
-    for (int64_t s = from; s < to;) {
-      const int64_t begin = s / plan.chunk_steps * plan.chunk_steps;
-      const int64_t end =
-          begin + plan.chunk_steps < shape.steps ? begin + plan.chunk_steps : shape.steps;
-      const int64_t stop = end < to ? end : to;
-      steps(s, stop);
-      s = stop;
-      if (s == end) products(team, begin, end, own);
-    }
-  }
-
   // The batch row that a group begins with, of the one after the last: the batch.
   int64_t first_row(int64_t group) const {
     const int64_t row = blocks_of(shape.batch, plan.row_block) * group / groups * plan.row_block;
     return row < shape.batch ? row : shape.batch;
   }
-  int64_t most_steps() const {  // of a chunk
-    return plan.chunk_steps < shape.steps ? plan.chunk_steps : shape.steps;
-  }
   Section section(int d, int64_t s, int64_t end, int64_t group) const {
     const StepRange steps = range_at(shape, reversed(d), s, end);
     if (groups == 1) return {steps, 0, shape.batch, 0, steps.rows};
     const int64_t first = first_row(group), batch = first_row(group + 1) - first;
-    return {steps, first, batch, most_steps() * first, (end - s) * batch};
+    return {steps, first, batch, (end - s) * first, (end - s) * batch};
   }
   // Visits rows [begin, end) of a section: visit(row in it, t, b).
   template <class Visit>
@@ -398,7 +387,7 @@ struct BackwardPass {
     int64_t group = groups - 1;
     while (first_row(group) > b) --group;
     const int64_t first = first_row(group), batch = first_row(group + 1) - first;
-    return most_steps() * first + (t - steps.first) * batch + b - first;
+    return (steps.last - steps.first) * first + (t - steps.first) * batch + b - first;
   }
   int slot(int64_t s) const { return int(s / plan.chunk_steps & 1); }
 

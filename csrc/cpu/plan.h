@@ -24,10 +24,10 @@ struct Plan {
   // Into how many parts the batch of each direction is shared out, whose members go through all
   // steps of a chunk without waiting for each other. 0: every step is shared by the whole team.
   int64_t shares = 0;
-  // Backward only, of layers whose steps have one part. Into how many groups of row blocks the batch
-  // is divided for sums over its rows: each has weight gradients of its own, which are added up at
-  // the end. Where every share of the batch is a number of whole groups, nobody reads what another
-  // member wrote until then.
+  // Backward only, of layers whose steps have one part. Into how many groups of row blocks the
+  // batch is divided for sums over its rows: each has weight gradients of its own, which are added
+  // up at the end. Where every share of the batch is a number of whole groups, nobody reads what
+  // another member wrote until then.
   int64_t groups = 1;
   // Where the team shares every step: one direction through the whole chunk, then the other?
   bool directions_in_turn = false;
