@@ -28,11 +28,12 @@ TASKS = Path("/proc/self/task")  # the threads of this process
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
 
-# Large enough for a team: one row and wide; rows in several blocks; two directions and layers;
-# layers at different chunks of steps at the same time.
+# Large enough for a team: one row and wide; rows in several blocks, in one chunk of steps and in
+# several; two directions and layers; layers at different chunks of steps at the same time.
 SHAPES = {
     "one_row": {"input_size": 64, "hidden_size": 320, "batch": 1, "steps": 12},
     "rows": {"input_size": 40, "hidden_size": 72, "batch": 100, "steps": 6},
+    "rows_in_chunks": {"input_size": 40, "hidden_size": 72, "batch": 33, "steps": 20},
     "ragged": {"input_size": 30, "hidden_size": 136, "lengths": tuple(range(1, 34))},
     "stack": {
         "input_size": 24,
