@@ -232,6 +232,25 @@ def test_forked_child(cell: str) -> None:
         assert_same_bits(evaluate(module, call), expected)
 
 
+def test_forked_child_clears_padding_and_draws_masks() -> None:
+    module, x = rnn_ext.LSTM(8, 128, input_dropout=0.5), torch.randn(200, 16, 8)
+    module.zoneout = 0.2  # a mask for every step
+    lengths = torch.arange(1, 17)
+
+    def evaluate_masked() -> Tensor:
+        torch.manual_seed(7)
+        return module(x, lengths=lengths)[0].detach()
+
+    with threads(2):
+        use_a_team()
+        expected = evaluate_masked()
+
+        def compare() -> None:
+            assert_same_bits({"output": evaluate_masked()}, {"output": expected})
+
+        run_forked(compare)
+
+
 def test_forked_while_another_thread_runs() -> None:
     config = Config("gru", **SHAPES["stack"])
     module, call = make_module(config), make_call(config)

@@ -250,7 +250,7 @@ void BackwardPass<P, Cell>::add_groups(Member& team) const {
 template <class P, class Cell>
 void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64_t end,
                                            const Groups& own) const {
-  // Blocks of the largest group, which is the last one to be empty.
+  // Every group gets as many blocks as the largest one has: the last of a smaller one may be empty.
   int64_t largest = 0;
   for (int64_t group = own.first; group < own.first + own.count; ++group) {
     const int64_t rows = section(d, s, end, group).rows;

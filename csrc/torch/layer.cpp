@@ -3,7 +3,6 @@
 // the shapes of its results; stacks of layers are walked in Python.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -17,6 +16,8 @@ namespace rnn_ext {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
+constexpr double kBytesPerSecond = 10e9;  // written by one thread
+
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // The operators' arguments that forward and backward share, in schema order.
@@ -162,9 +163,12 @@ struct Layer {
     const int64_t width = t.size(2);
     const size_t row_bytes = size_t(width * t.element_size());
     char* const data = static_cast<char*>(t.mutable_data_ptr());
-    const int64_t rows_at_once = std::max<int64_t>(at::internal::GRAIN_SIZE / width, 1);
-    at::parallel_for(0, T * shape.batch, rows_at_once, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
+    const int64_t rows = T * shape.batch;
+    const int64_t rows_of_job = std::max<int64_t>(at::internal::GRAIN_SIZE / width, 1);
+    const double seconds = double(t.nbytes()) / kBytesPerSecond;
+    share_out((rows + rows_of_job - 1) / rows_of_job, seconds, [&](int64_t job) {
+      const int64_t end = std::min(rows, (job + 1) * rows_of_job);
+      for (int64_t row = job * rows_of_job; row < end; ++row) {
         const int64_t step = in.batch_first ? row % T : row / shape.batch;
         const int64_t b = in.batch_first ? row / T : row % shape.batch;
         if (step >= schedule.lengths[size_t(b)])

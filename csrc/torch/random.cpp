@@ -1,19 +1,20 @@
 // Random masks as a function of a seed: the same on any number of threads.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "../philox.h"
+#include "cpu_backend.h"
 
 namespace rnn_ext {
 namespace {
 
 constexpr int64_t kBlock = 4;  // numbers that one counter gives
-constexpr int64_t kBlocksPerThread = 1024;
+constexpr int64_t kBlocksOfJob = 1024;
+constexpr double kSecondsOfBlock = 10e-9;  // on one thread, order of magnitude
 
 at::Tensor random_mask_cpu(const at::Tensor& seed, at::IntArrayRef size, double p,
                            at::ScalarType dtype) {
@@ -29,8 +30,10 @@ at::Tensor random_mask_cpu(const at::Tensor& seed, at::IntArrayRef size, double 
       at::kBFloat16, at::kHalf, dtype, "random_mask", ([&] {
         scalar_t* const out = mask.mutable_data_ptr<scalar_t>();
         const int64_t count = mask.numel(), blocks = (count + kBlock - 1) / kBlock;
-        at::parallel_for(0, blocks, kBlocksPerThread, [&](int64_t begin, int64_t end) {
-          for (int64_t block = begin; block < end; ++block) {
+        const int64_t jobs = (blocks + kBlocksOfJob - 1) / kBlocksOfJob;
+        share_out(jobs, kSecondsOfBlock * double(blocks), [&](int64_t job) {
+          const int64_t end = std::min(blocks, (job + 1) * kBlocksOfJob);
+          for (int64_t block = job * kBlocksOfJob; block < end; ++block) {
             const PhiloxBlock words = philox(uint64_t(block), key);
             const int64_t first = block * kBlock, here = std::min(kBlock, count - first);
             for (int64_t i = 0; i < here; ++i)
