@@ -1,7 +1,8 @@
-// Vectorized sigmoid and tanh, and the math policy that the cells are written against.
+// Vectorized sigmoid and tanh, and the math policy that the cells are written against. V is a
+// vector or a pair of them.
 #pragma once
 
-#include "simd.h"
+#include "pair.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 
@@ -42,13 +43,13 @@ struct ExpConstants<double> {
 
 // Sets n to x / ln(2) rounded to an integer and returns 2^(n + kOffset), for which that exponent
 // must be in the normal range. The low bits of the sum with kShift are the biased exponent.
-template <class T, int kOffset>
-RNN_EXT_INLINE Vec<T> nearest_power_of_two(Vec<T> x, Vec<T>& n) {
+template <class T, int kOffset, class V>
+RNN_EXT_INLINE V nearest_power_of_two(V x, V& n) {
   using C = ExpConstants<T>;
   constexpr T kShift = C::kRound + C::kExponentBias + kOffset;
-  const Vec<T> shifted = x * C::kLog2E + kShift;
+  const V shifted = x * C::kLog2E + kShift;
   n = shifted - kShift;
-  return (Vec<T>)((Bits<T>)shifted << C::kMantissaBits);
+  return each([](Vec<T> v) { return (Vec<T>)((Bits<T>)v << C::kMantissaBits); }, shifted);
 }
 
 // expm1(r) = r + r^2 q(r) for |r| <= ln(2)/2. The coefficients of q minimize the largest relative
@@ -56,28 +57,34 @@ RNN_EXT_INLINE Vec<T> nearest_power_of_two(Vec<T> x, Vec<T>& n) {
 // (reweighted least squares) on Chebyshev points in 60 digits; each was rounded to T before those
 // after it were fitted again. Taking the terms in pairs costs no operation and shortens the chain
 // of dependent ones.
-template <class T>
-RNN_EXT_INLINE Vec<T> expm1_reduced(Vec<T> r) {
+template <class T, class V>
+RNN_EXT_INLINE V expm1_reduced(V r) {
   constexpr const auto& c = ExpConstants<T>::kExpm1;
   constexpr int kTerms = sizeof(c) / sizeof(c[0]), kLastPair = (kTerms - 1) / 2 * 2;
-  const auto pair = [&](int i) { return i + 1 < kTerms ? c[i + 1] * r + c[i] : splat<T>(c[i]); };
-  const Vec<T> r2 = r * r;
-  Vec<T> q = pair(kLastPair);
+  const V r2 = r * r;
+  V q = V{} + c[kLastPair];
+  if constexpr (kLastPair + 1 < kTerms) q = c[kLastPair + 1] * r + c[kLastPair];
 #pragma GCC unroll 16
-  for (int i = kLastPair - 2; i >= 0; i -= 2) q = q * r2 + pair(i);
+  for (int i = kLastPair - 2; i >= 0; i -= 2) q = q * r2 + (c[i + 1] * r + c[i]);
   return q * r2 + r;
+}
+
+// The larger of a constant and x; x where that is NaN.
+template <class T, class V>
+RNN_EXT_INLINE V at_least(T least, V x) {
+  return each([=](Vec<T> v) { return larger(splat<T>(least), v); }, x);
 }
 
 // exp(x) for x <= 0, denormal results included: the last product alone rounds to them. NaN stays
 // NaN.
-template <class T>
-RNN_EXT_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+template <class T, class V>
+RNN_EXT_INLINE V exp_nonpositive(V x) {
   using C = ExpConstants<T>;
-  x = larger(splat<T>(C::kExpMin), x);
-  Vec<T> n;
-  const Vec<T> scale = nearest_power_of_two<T, C::kGuard>(x, n);
-  const Vec<T> r = (x - n * C::kLn2Hi) - n * C::kLn2Lo;
-  const Vec<T> p = expm1_reduced<T>(r);
+  x = at_least<T>(C::kExpMin, x);
+  V n;
+  const V scale = nearest_power_of_two<T, C::kGuard>(x, n);
+  const V r = (x - n * C::kLn2Hi) - n * C::kLn2Lo;
+  const V p = expm1_reduced<T>(r);
   return (p * scale + scale) * C::kUnguard;
 }
 
@@ -85,20 +92,19 @@ template <class T>
 RNN_EXT_INLINE Bits<T> sign_bit(Vec<T> x) {
   return (Bits<T>)x & (Bits<T>)splat<T>(T(-0.0));
 }
-template <class T>
-RNN_EXT_INLINE Vec<T> negative_absolute(Vec<T> x) {
-  return (Vec<T>)((Bits<T>)x | (Bits<T>)splat<T>(T(-0.0)));
+template <class T, class V>
+RNN_EXT_INLINE V negative_absolute(V x) {
+  return each([](Vec<T> v) { return (Vec<T>)((Bits<T>)v | (Bits<T>)splat<T>(T(-0.0))); }, x);
 }
 
 // 1 / (1 + e^-x), evaluated through e = exp(-|x|) so that nothing overflows: 1 / (1 + e) or, where
 // x < 0, e / (1 + e). As numerator * (1 - e / (1 + e)), the roundings of 1 + e and of the quotient
 // count only e times; dividing the numerator at once costs 2.4 ulp.
-template <class T>
-RNN_EXT_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> one = splat<T>(T(1));
-  const Vec<T> e = exp_nonpositive<T>(negative_absolute<T>(x));
-  const Vec<T> numerator = x >= T(0) ? one : e;
-  return numerator - numerator * (e / (one + e));
+template <class T, class V>
+RNN_EXT_INLINE V sigmoid(V x) {
+  const V e = exp_nonpositive<T>(negative_absolute<T>(x));
+  const V numerator = each([](Vec<T> x, Vec<T> e) { return x >= T(0) ? splat<T>(T(1)) : e; }, x, e);
+  return numerator - numerator * (e / (T(1) + e));
 }
 
 // tanh(|x|) = (1 - E) / (1 + E) with E = exp(-2|x|), in halves: h = (1 - E) / 2, from expm1 and so
@@ -107,44 +113,46 @@ RNN_EXT_INLINE Vec<T> sigmoid(Vec<T> x) {
 //   2 h - 2 h * (e / (1/2 + e)) in saturation, where 1 - tanh^2 of the backward pass magnifies
 //   errors.
 // One division serves both. ln(2) in one constant will do: the larger |n|, the less e matters.
-template <class T>
-RNN_EXT_INLINE Vec<T> tanh(Vec<T> x) {
+template <class T, class V>
+RNN_EXT_INLINE V tanh(V x) {
   using C = ExpConstants<T>;
-  const Vec<T> half = splat<T>(T(0.5));
-  const Vec<T> twice = larger(splat<T>(C::kTanhMin), negative_absolute<T>(x) * T(2));
-  Vec<T> n;
-  const Vec<T> scale = nearest_power_of_two<T, -1>(twice, n);
-  const Vec<T> p = expm1_reduced<T>(twice - n * C::kLn2);
-  const Vec<T> e = p * scale + scale;
-  const Vec<T> h = (half - scale) - p * scale;
-  const auto saturating = twice < T(-0.7);        // tanh = 1/3: both forms err alike there
-  const Vec<T> sum = p * scale + (scale + half);  // 1/2 + e without the rounding of e
-  const Vec<T> quotient = (saturating ? -e : h) / sum;
-  const Vec<T> base = h + (saturating ? h : Vec<T>{});
-  const Vec<T> t = base + base * quotient;
-  return (Vec<T>)((Bits<T>)t | sign_bit<T>(x));
+  constexpr T kHalf = T(0.5), kSaturating = T(-0.7);  // tanh = 1/3: both forms err alike there
+  const V twice = at_least<T>(C::kTanhMin, negative_absolute<T>(x) * T(2));
+  V n;
+  const V scale = nearest_power_of_two<T, -1>(twice, n);
+  const V p = expm1_reduced<T>(twice - n * C::kLn2);
+  const V e = p * scale + scale;
+  const V h = (kHalf - scale) - p * scale;
+  const V sum = p * scale + (scale + kHalf);  // 1/2 + e without the rounding of e
+  const V dividend = each(
+      [](Vec<T> twice, Vec<T> e, Vec<T> h) { return twice < kSaturating ? -e : h; }, twice, e, h);
+  const V base =
+      h + each([](Vec<T> twice, Vec<T> h) { return twice < kSaturating ? h : Vec<T>{}; }, twice, h);
+  const V t = base + base * (dividend / sum);
+  return each([](Vec<T> t, Vec<T> x) { return (Vec<T>)((Bits<T>)t | sign_bit<T>(x)); }, t, x);
 }
 
 // The policy handed to the cells. In linear mode the saturating functions are replaced by their
 // tangents at 0, sigmoid(x) -> 0.5 + 0.25 x and tanh(x) -> x: an error then survives a thousand
 // steps instead of being squashed, so long sequences can be compared tightly (oneDNN's benchdnn
 // tests its RNNs in the same spirit).
-template <class T>
+template <class T, class V = Vec<T>>
 struct VectorMath {
-  using V = Vec<T>;
   bool linear;
 
   RNN_EXT_INLINE V zero() const { return V{}; }
-  RNN_EXT_INLINE V one() const { return splat<T>(T(1)); }
+  RNN_EXT_INLINE V one() const { return V{} + T(1); }
   RNN_EXT_INLINE V sigmoid(V x) const {
     return linear ? x * T(0.25) + T(0.5) : RNN_EXT_ISA::sigmoid<T>(x);
   }
   RNN_EXT_INLINE V tanh(V x) const { return linear ? x : RNN_EXT_ISA::tanh<T>(x); }
-  RNN_EXT_INLINE V sigmoid_grad(V s) const { return linear ? splat<T>(T(0.25)) : s * (one() - s); }
-  RNN_EXT_INLINE V tanh_grad(V y) const { return linear ? one() : one() - y * y; }
+  RNN_EXT_INLINE V sigmoid_grad(V s) const { return linear ? V{} + T(0.25) : s * (T(1) - s); }
+  RNN_EXT_INLINE V tanh_grad(V y) const { return linear ? one() : T(1) - y * y; }
   // NaN passes through both, as in torch.
-  RNN_EXT_INLINE V relu(V x) const { return larger(zero(), x); }
-  RNN_EXT_INLINE V relu_grad(V y, V dy) const { return y <= T(0) ? zero() : dy; }
+  RNN_EXT_INLINE V relu(V x) const { return at_least<T>(T(0), x); }
+  RNN_EXT_INLINE V relu_grad(V y, V dy) const {
+    return each([](Vec<T> y, Vec<T> dy) { return y <= T(0) ? Vec<T>{} : dy; }, y, dy);
+  }
 };
 
 }  // namespace rnn_ext::RNN_EXT_ISA

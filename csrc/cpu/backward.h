@@ -417,7 +417,9 @@ struct BackwardPass {
 
   void step(Member& team, const Part& part, int64_t s) const {
     for_tiles(team, part, state_columns.panels(),
-              [&](int d, int64_t panel, int64_t begin) { state_tile(d, panel, s, begin); });
+              [&](int d, int64_t panel, int64_t begin, int64_t next) {
+                state_tile(d, panel, s, begin, next);
+              });
     if (s == shape.steps) return;
     if (norm)
       return for_row_groups(team, part, plan,
@@ -427,20 +429,25 @@ struct BackwardPass {
                             });
     if constexpr (kGates == 3) {
       if (two_stages)
-        for_tiles(team, part, state_columns.panels(),
-                  [&](int d, int64_t panel, int64_t begin) { first_stage(d, panel, s, begin); });
+        for_tiles(
+            team, part, state_columns.panels(),
+            [&](int d, int64_t panel, int64_t begin, int64_t) { first_stage(d, panel, s, begin); });
     }
     if (!project) return;
-    for_tiles(team, part, hidden_columns.panels(),
-              [&](int d, int64_t panel, int64_t begin) { projected_tile(d, panel, s, begin); });
+    for_tiles(
+        team, part, hidden_columns.panels(),
+        [&](int d, int64_t panel, int64_t begin, int64_t) { projected_tile(d, panel, s, begin); });
   }
 
-  // Calls job(direction, panel, first batch row) for the part's tiles.
+  // Calls job(direction, panel, first batch row, the panel likely to be next or -1) for the part's
+  // tiles.
   template <class Job>
   void for_tiles(Member& team, const Part& part, int64_t panels, Job&& job) const {
     team.for_each(part.jobs(panels), [&](int64_t i) {
-      job(part.first_direction + int(i / (panels * part.blocks)), i / part.blocks % panels,
-          (part.first_block + i % part.blocks) * plan.row_block);
+      const int64_t panel = i / part.blocks % panels,
+                    next = team.after(i) < i ? panel - 1 : panel + 1;
+      job(part.first_direction + int(i / (panels * part.blocks)), panel,
+          (part.first_block + i % part.blocks) * plan.row_block, next < panels ? next : -1);
     });
   }
 
@@ -449,7 +456,7 @@ struct BackwardPass {
     return rows < 0 ? 0 : rows < plan.row_block ? rows : plan.row_block;
   }
 
-  void state_tile(int d, int64_t panel, int64_t s, int64_t begin) const {
+  void state_tile(int d, int64_t panel, int64_t s, int64_t begin, int64_t next) const {
     const Direction& w = directions[d];
     const int64_t earlier = clip(active_at(d, s - 1), begin), now = clip(active_at(d, s), begin);
     const int64_t rows = earlier > now ? earlier : now;
@@ -461,9 +468,11 @@ struct BackwardPass {
     T* carry = w.carry + begin * stride + first;
     if (earlier > 0) {
       const Element* dg = w.dgh_operand[slot(s - 1)] + chunk_row(d, s - 1, begin) * gate_depth();
-      multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, gate_depth()},
-                        w.w_hh + state_columns.offset(panel, recurrent_depth()), nullptr, 0, tile,
-                        width);
+      const auto panel_of = [&](int64_t i) {
+        return w.w_hh + state_columns.offset(i, recurrent_depth());
+      };
+      multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, gate_depth()}, panel_of(panel),
+                        nullptr, 0, tile, width, next < 0 ? nullptr : panel_of(next));
     }
     if (features.hidden_mask[d]) {
       for (int64_t r = 0; r < earlier; ++r) {
@@ -667,7 +676,7 @@ struct BackwardPass {
                   int64_t group, Source&& source, const T* mask = nullptr) const;
   void weight_gradients(Member& team, int64_t s, int64_t end, const Groups& own) const;
   static void weight_tile(const WeightGradient& g, int64_t group, int64_t panel, int64_t block,
-                          int64_t rows, bool first_chunk);
+                          int64_t next, int64_t rows, bool first_chunk);
   void add_groups(Member& team) const;
   void input_gradient(Member& team, int d, int64_t s, int64_t end, const Groups& own) const;
   void input_tile(int d, int64_t panel, const Element* packed, const Section& section,

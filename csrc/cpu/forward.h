@@ -46,13 +46,15 @@ struct GateMatrix {
   }
 
   // out (rows, width of the panel) = bias + a * W^T. `packed` is the panel, or null to use the
-  // weights as they are: rows of a must then be zero up to padded(depth).
+  // weights as they are: rows of a must then be zero up to padded(depth). `ahead`: as in
+  // multiply_panel.
   void multiply(int64_t panel, const Element* packed, int64_t rows, const Element* a,
-                int64_t row_stride, T* out, int64_t out_stride) const {
+                int64_t row_stride, T* out, int64_t out_stride,
+                const Element* ahead = nullptr) const {
     const T* init = bias + columns.column(panel);
     if (packed) {
       multiply_panel<P>(columns.vectors(panel), rows, elements<P>(depth), {a, row_stride}, packed,
-                        init, 0, out, out_stride);
+                        init, 0, out, out_stride, ahead);
     } else if constexpr (P::kPerElement == 1) {
       for_vectors(panel, [&](int v, int64_t row, int64_t count) {
         multiply_unpacked<T>(count, rows, depth, a, row_stride, weights + row * ld, ld,
@@ -119,6 +121,8 @@ struct ForwardPass {
   const bool separate_operands;  // does the product read something else than h itself?
   const bool norm;
   const bool two_stages;  // GruResetBefore
+  // Does a row's step do nothing but the cell, and do rows follow each other everywhere?
+  const bool simple_rows;
   GateColumns<T, kGates> columns;
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
@@ -142,6 +146,9 @@ struct ForwardPass {
         separate_operands(!kValuesAreOperands || c.features.hidden_mask[0]),
         norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
+        simple_rows(plain && !separate_operands && c.shape.proj_size == 0 && !c.shape.order &&
+                    c.rounding == Rounding::kNone &&
+                    c.features.kept(c.shape.cell) == Cell::kNumSaved),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
@@ -364,7 +371,8 @@ struct ForwardPass {
     return begin + kMaxRowBlock < range.rows ? begin + kMaxRowBlock : range.rows;
   }
 
-  // Calls job(direction, panel, t, first batch row, rows) for the part's tiles of position s.
+  // Calls job(direction, panel, t, first batch row, rows, the panel likely to be next or -1) for
+  // the part's tiles of position s.
   template <class Job>
   void for_tiles(Member& team, const Part& part, int64_t s, int64_t panels, Job&& job) const {
     team.for_each(part.jobs(panels), [&](int64_t i) {
@@ -373,7 +381,9 @@ struct ForwardPass {
       const int64_t begin = (part.first_block + i % part.blocks) * plan.row_block;
       int64_t rows = shape.active(t) - begin;
       if (rows > plan.row_block) rows = plan.row_block;
-      if (rows > 0) job(d, i / part.blocks % panels, t, begin, rows);
+      const int64_t panel = i / part.blocks % panels,
+                    next = team.after(i) < i ? panel - 1 : panel + 1;
+      if (rows > 0) job(d, panel, t, begin, rows, next < panels ? next : -1);
     });
   }
 
@@ -385,19 +395,19 @@ struct ForwardPass {
     if constexpr (kGates == 3) {
       if (two_stages) {
         for_tiles(team, part, s, directions[0].first.columns.panels(),
-                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
+                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
                     first_stage(d, panel, s, begin, rows, gx_row(d, t));
                   });
         for_tiles(team, part, s, directions[0].second.columns.panels(),
-                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
+                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
                     second_stage(d, panel, s, t, begin, rows, gx_row(d, t));
                   });
         return;
       }
     }
     for_tiles(team, part, s, columns.panels(),
-              [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
-                gate_tile(d, panel, s, t, begin, rows, gx_row(d, t));
+              [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t next) {
+                gate_tile(d, panel, s, t, begin, rows, gx_row(d, t), next);
               });
     if (norm)
       for_row_groups(team, part, plan, [&](int d, int64_t, int64_t begin, int64_t end) {
@@ -407,31 +417,44 @@ struct ForwardPass {
       });
     if (shape.proj_size > 0)
       for_tiles(team, part, s, projection_columns.panels(),
-                [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows) {
+                [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
                   projection_tile(d, panel, s, t, begin, rows);
                 });
   }
 
   void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
-                 int64_t gx_row) const {
+                 int64_t gx_row, int64_t next) const {
     const Direction& w = directions[d];
     const int64_t tile_width = columns.vectors(panel) * kLanes<T>;
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* const tile = norm ? w.gh + begin * columns.width() + columns.column(panel) : buffer;
-    w.recurrent.multiply(panel, w.w_hh ? w.w_hh + w.recurrent.panel_offset(panel) : nullptr, rows,
-                         w.h_operand[s & 1] + begin * state_stride(), state_stride(), tile,
-                         norm ? columns.width() : tile_width);
+    const auto panel_of = [](const Matrix& matrix, const Element* panels, int64_t i) {
+      return panels && i >= 0 ? panels + matrix.panel_offset(i) : nullptr;
+    };
+    const Element* const w_hh = panel_of(w.recurrent, w.w_hh, panel);
+    const Element* const w_ih = panel_of(w.input, w.w_ih, panel);
+    w.recurrent.multiply(panel, w_hh, rows, w.h_operand[s & 1] + begin * state_stride(),
+                         state_stride(), tile, norm ? columns.width() : tile_width,
+                         project_in_step ? w_ih : panel_of(w.recurrent, w.w_hh, next));
     if (norm) return;
     alignas(64) T projected[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* gx = projected;
     const int64_t gx_stride = project_in_step ? tile_width : columns.width();
     if (project_in_step)
-      w.input.multiply(panel, w.w_ih + w.input.panel_offset(panel), rows,
-                       input_operands(d, t, begin, gx_row + begin), x_stride, projected,
-                       tile_width);
+      w.input.multiply(panel, w_ih, rows, input_operands(d, t, begin, gx_row + begin), x_stride,
+                       projected, tile_width, panel_of(w.recurrent, w.w_hh, next));
     else
       gx = w.gx + (gx_row + begin) * columns.width() + columns.column(panel);
-    for (int64_t r = 0; r < rows; ++r)
+    int64_t r = 0;
+    if (simple_rows) {
+      const SimpleRows at = simple_rows_from(d, s, t, begin);
+      if constexpr (kVectorRegisters >= 32)
+        for (; r + 2 <= rows; r += 2)
+          simple_cell<Pair<T>>(at, panel, r, gx + r * gx_stride, gx_stride, tile + r * tile_width);
+      for (; r < rows; ++r)
+        simple_cell<Vec<T>>(at, panel, r, gx + r * gx_stride, gx_stride, tile + r * tile_width);
+    }
+    for (; r < rows; ++r)
       cell_row<false>(d, panel, s, t, begin + r, gx + r * gx_stride, tile + r * tile_width);
   }
 
@@ -439,6 +462,67 @@ struct ForwardPass {
     if (!call.reserve[d]) return nullptr;
     const int64_t row = shape.first_row(t) + b - call.reserve_first_row[d];
     return call.reserve[d] + row * features.kept(shape.cell) * padded(shape.hidden_size);
+  }
+
+  // Where consecutive batch rows have their values at one step: the first one's, and from row to
+  // row.
+  struct SimpleRows {
+    const T* h_prev;
+    T *h, *c, *y, *reserve;
+    int64_t hidden, y_stride;
+  };
+  SimpleRows simple_rows_from(int d, int64_t s, int64_t t, int64_t begin) const {
+    const Direction& w = directions[d];
+    const int64_t hidden = padded(shape.hidden_size), first = begin * hidden;
+    return {w.h[s & 1] + first,
+            w.h[~s & 1] + first,
+            w.c ? w.c + first : nullptr,
+            call.y.at(shape, t, begin) + d * shape.hidden_size,
+            reserve_row(d, t, begin),
+            hidden,
+            call.y.row_stride};
+  }
+
+  // The cell for row r of a panel, and where V is a pair for the next one, too.
+  template <class V>
+  RNN_EXT_INLINE void simple_cell(const SimpleRows& at, int64_t panel, int64_t r, const T* gx,
+                                  int64_t gx_stride, const T* gh) const {
+    const VectorMath<T, V> math{call.linear_activations};
+    const auto load_rows = [](const T* first, int64_t stride) {
+      V rows;
+      for_each_vector(rows, [&](int i, Vec<T>& row) { row = load(first + i * stride); });
+      return rows;
+    };
+    const auto store_rows = [](T* first, int64_t stride, V rows) {
+      for_each_vector(rows, [&](int i, Vec<T>& row) { store(first + i * stride, row); });
+    };
+    const int unit_vectors = kGates > 1 ? 1 : columns.unit_vectors(panel);
+    const int64_t gh_stride = kGates * unit_vectors * kLanes<T>, before = r * at.hidden;
+    for (int u = 0; u < unit_vectors; ++u) {
+      const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
+      V x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) {
+        x[g] = load_rows(gx + (g * unit_vectors + u) * kLanes<T>, gx_stride);
+        h[g] = load_rows(gh + (g * unit_vectors + u) * kLanes<T>, gh_stride);
+      }
+      if constexpr (Cell::kHasCellState) c = load_rows(at.c + before + unit, at.hidden);
+      if constexpr (Cell::kReadsPreviousOutput)
+        previous = load_rows(at.h_prev + before + unit, at.hidden);
+      V out = Cell::forward(math, x, h, previous, c, saved);
+      if constexpr (Cell::kHasCellState) store_rows(at.c + before + unit, at.hidden, c);
+      store_rows(at.h + before + unit, at.hidden, out);
+      if (at.reserve) {
+        T* const reserve = at.reserve + kSaved * before + unit;
+#pragma GCC unroll 8
+        for (int i = 0; i < kSaved; ++i)
+          store_rows(reserve + i * at.hidden, kSaved * at.hidden, saved[i]);
+      }
+      T* const y = at.y + r * at.y_stride + unit;
+      for_each_vector(out, [&](int i, Vec<T>& row) {
+        store_upto(y + i * at.y_stride, row, shape.hidden_size - unit);
+      });
+    }
   }
 
   // The cell for one row of a panel. What its gates get from x_t, and from h_{t-1}: gx, gh. kNorm:

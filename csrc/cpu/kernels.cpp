@@ -94,8 +94,8 @@ constexpr KernelsOf<Value<P>> table() {
                           backward<P>,
                           nullptr,
                           nullptr,
-                          elementwise<T, &sigmoid<T>>,
-                          elementwise<T, &tanh<T>>};
+                          elementwise<T, &sigmoid<T, Vec<T>>>,
+                          elementwise<T, &tanh<T, Vec<T>>>};
   if constexpr (P::kPerElement == 1) {
     kernels.window_workspace = window_workspace<T>;
     kernels.window = window<T>;

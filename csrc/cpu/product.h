@@ -32,12 +32,13 @@ struct Rows {
   int64_t k_stride = 1;
 };
 
-// out = A * panel + init, or with `accumulate` out += A * panel.
+// out = A * panel + init, or with `accumulate` out += A * panel. `ahead`: what is read after this
+// block of the panel; the tile fetches a vector of it for every k.
 template <class P, int kRows, int kVectors>
 RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t row_stride,
                                   int64_t k_stride, const Element<P>* b, const Value<P>* init,
                                   int64_t init_stride, Value<P>* out, int64_t out_stride,
-                                  bool accumulate) {
+                                  bool accumulate, const Element<P>* ahead) {
   using T = Value<P>;
   using V = Vec<T>;
   using Operand = Vec<Element<P>>;
@@ -59,6 +60,8 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t ro
   for (; k + kUnroll <= depth; k += kUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
+      // Into the L2 cache. Tiles of less work would only wait for it.
+      if (kUnroll == 1) __builtin_prefetch(ahead + k * kLanes<T>, 0, 2);
       Operand column[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) column[v] = load(b + u * kWidth + v * kLanes<T>);
@@ -100,14 +103,15 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t ro
 template <class P, int kVectors, int kRows>
 inline void multiply_rest(int64_t rows, int64_t depth, const Element<P>* a, int64_t row_stride,
                           int64_t k_stride, const Element<P>* b, const Value<P>* init,
-                          int64_t init_stride, Value<P>* out, int64_t out_stride, bool accumulate) {
+                          int64_t init_stride, Value<P>* out, int64_t out_stride, bool accumulate,
+                          const Element<P>* ahead) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
       multiply_tile<P, kRows, kVectors>(depth, a, row_stride, k_stride, b, init, init_stride, out,
-                                        out_stride, accumulate);
+                                        out_stride, accumulate, ahead);
     else
       multiply_rest<P, kVectors, kRows - 1>(rows, depth, a, row_stride, k_stride, b, init,
-                                            init_stride, out, out_stride, accumulate);
+                                            init_stride, out, out_stride, accumulate, ahead);
   }
 }
 
@@ -148,14 +152,14 @@ RNN_EXT_INLINE void multiply_in_tiles(Tiles& tiles, int64_t depth, const Element
 template <class P, int kVectors>
 inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
                              const Element<P>* panel, const Value<P>* init, int64_t init_stride,
-                             Value<P>* out, int64_t out_stride) {
+                             Value<P>* out, int64_t out_stride, const Element<P>* ahead, bool add) {
   using T = Value<P>;
   constexpr int kRows = tile_rows(kVectors);
   constexpr int64_t kWidth = kVectors * kLanes<T>;
   int64_t k = 0;
   do {  // once even for depth 0: out = init
     const int64_t length = depth - k < kBlockDepth ? depth - k : kBlockDepth;
-    const bool accumulate = k > 0;
+    const bool accumulate = add || k > 0;
     const Element<P>* block = panel + k * kWidth;
     const Element<P>* left = a.data + k * a.k_stride;
     int64_t row = 0;
@@ -169,22 +173,24 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
                                        init_stride, out + row * out_stride, out_stride, accumulate);
       for (int64_t done = 0; in_tiles < length && done < row;) {  // what is left of K
         const int64_t count = row - done < kRows ? row - done : kRows;
-        multiply_rest<P, kVectors, kRows>(
-            count, length - in_tiles, left + done * a.row_stride + in_tiles, a.row_stride, 1,
-            block + in_tiles * kWidth, nullptr, 0, out + done * out_stride, out_stride, true);
+        multiply_rest<P, kVectors, kRows>(count, length - in_tiles,
+                                          left + done * a.row_stride + in_tiles, a.row_stride, 1,
+                                          block + in_tiles * kWidth, nullptr, 0,
+                                          out + done * out_stride, out_stride, true, block);
         done += count;
       }
     }
 #endif
-    while (row < rows) {
+    const Element<P>* const next = k + length < depth ? block + length * kWidth : ahead;
+    for (int64_t i = 0; row < rows; ++i) {
       // The last rows in two equal tiles: a full one and a small one would leave the small one to
-      // wait for the panel.
+      // wait for the panel. One tile after the other fetches its part of the block that follows.
       const int64_t rest = rows - row;
       const int64_t count = rest >= 2 * kRows ? kRows : rest > kRows ? (rest + 1) / 2 : rest;
-      multiply_rest<P, kVectors, kRows>(count, length, left + row * a.row_stride, a.row_stride,
-                                        a.k_stride, block,
-                                        init ? init + row * init_stride : nullptr, init_stride,
-                                        out + row * out_stride, out_stride, accumulate);
+      multiply_rest<P, kVectors, kRows>(
+          count, length, left + row * a.row_stride, a.row_stride, a.k_stride, block,
+          init ? init + row * init_stride : nullptr, init_stride, out + row * out_stride,
+          out_stride, accumulate, next && i < kVectors ? next + i * length * kLanes<T> : block);
       row += count;
     }
     k += length;
@@ -193,20 +199,28 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
 }
 
 // out (rows, vectors*lanes) = init + A (rows, depth) * panel (depth, vectors*lanes), depth counted
-// in elements. init null means zeros; init_stride 0 repeats one row (a bias).
+// in elements. init null means zeros; init_stride 0 repeats one row (a bias). `add`: to what is in
+// out, and init is null. `ahead`: the panel of
+// the next call, if it is known. Nothing else may be fetched early: what follows a panel in memory
+// may be written by another member.
 template <class P>
 void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<Element<P>> a,
                     const Element<P>* panel, const Value<P>* init, int64_t init_stride,
-                    Value<P>* out, int64_t out_stride) {
+                    Value<P>* out, int64_t out_stride, const Element<P>* ahead = nullptr,
+                    bool add = false) {
   switch (vectors) {
     case 1:
-      return multiply_vectors<P, 1>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 1>(rows, depth, a, panel, init, init_stride, out, out_stride,
+                                    ahead, add);
     case 2:
-      return multiply_vectors<P, 2>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 2>(rows, depth, a, panel, init, init_stride, out, out_stride,
+                                    ahead, add);
     case 3:
-      return multiply_vectors<P, 3>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 3>(rows, depth, a, panel, init, init_stride, out, out_stride,
+                                    ahead, add);
     case 4:
-      return multiply_vectors<P, 4>(rows, depth, a, panel, init, init_stride, out, out_stride);
+      return multiply_vectors<P, 4>(rows, depth, a, panel, init, init_stride, out, out_stride,
+                                    ahead, add);
   }
 }
 

@@ -97,6 +97,8 @@ class Member {
   RNN_EXT_SHARED_INLINE Member(Team& team, int id) : team_(team), id_(id) {}
   RNN_EXT_SHARED_INLINE int id() const { return id_; }
   RNN_EXT_SHARED_INLINE int members() const { return team_.members(); }
+  // The job that this member is likely to come to after the i-th of the phase.
+  RNN_EXT_SHARED_INLINE int64_t after(int64_t i) const { return phase_ & 1 ? i + 1 : i - 1; }
 
   // for_each with jobs that are handed a Member of their own, which works alone: what a job does
   // with it costs no waiting.

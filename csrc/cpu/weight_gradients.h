@@ -187,34 +187,48 @@ void BackwardPass<P, Cell>::weight_gradients(Member& team, int64_t s, int64_t en
     }
   }
   team.for_each(jobs, [&](int64_t i) {
+    const int64_t step = team.after(i) - i;
     const Part* part = parts;
     while (i >= part->jobs) i -= (part++)->jobs;
     const WeightGradient& g = *part->gradient;
     const int64_t blocks = blocks_of(g.m, kMaxRowBlock), tiles = blocks * g.n.panels();
     const int64_t group = own.first + i / tiles;
-    weight_tile(g, group, i % tiles / blocks, i % blocks, section(part->d, s, end, group).rows,
-                s == 0);
+    weight_tile(g, group, i % tiles / blocks, i % blocks, (i + step) % blocks,
+                section(part->d, s, end, group).rows, s == 0);
   });
 }
 
 template <class P, class Cell>
 void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t group, int64_t panel,
-                                        int64_t block, int64_t rows, bool first_chunk) {
+                                        int64_t block, int64_t next, int64_t rows,
+                                        bool first_chunk) {
   const int64_t m = block * kMaxRowBlock, count = g.m - m < kMaxRowBlock ? g.m - m : kMaxRowBlock;
   const int64_t first = g.n.first(panel);
   const int vectors = g.n.vectors(panel);
   const int64_t width = vectors * kLanes<T>;
-  alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
   const int64_t depth = elements<P>(rows);
-  multiply_panel<P>(vectors, count, depth, {g.left_of(group) + m * depth, 1, kMaxRowBlock},
-                    g.right_of(group) + g.n.offset(panel, depth), nullptr, 0, tile, width);
+  T* const to = g.out_of(group) + m * g.n.count + first;
+  for (int64_t r = 0; r < count && !first_chunk; ++r)
+    for (int v = 0; v < vectors; ++v)
+      __builtin_prefetch(to + r * g.n.count + v * kLanes<T>, /*for writing*/ 1);
+  // The panel stays in the cache; what comes next is another block of the left operand.
+  const Element* const left = g.left_of(group);
+  const Element* const ahead = next < 0 ? nullptr : left + next * kMaxRowBlock * depth;
+  const auto multiply = [&](T* out, int64_t stride, bool add) {
+    multiply_panel<P>(vectors, count, depth, {left + m * depth, 1, kMaxRowBlock},
+                      g.right_of(group) + g.n.offset(panel, depth), nullptr, 0, out, stride, ahead,
+                      add);
+  };
+  const int64_t rest = g.n.count - first;
+  if (rest >= width) return multiply(to, g.n.count, !first_chunk);
+  alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
+  multiply(tile, width, false);
   for (int64_t r = 0; r < count; ++r) {
-    T* out = g.out_of(group) + (m + r) * g.n.count + first;
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t rest = g.n.count - first - v * kLanes<T>;
-      Vec<T> sum = load(tile + r * width + v * kLanes<T>);
-      if (!first_chunk) sum += load_upto(out + v * kLanes<T>, rest);
-      store_upto(out + v * kLanes<T>, sum, rest);
+    T* const out = to + r * g.n.count;
+    for (int64_t i = 0; i < width; i += kLanes<T>) {
+      Vec<T> sum = load(tile + r * width + i);
+      if (!first_chunk) sum += load_upto(out + i, rest - i);
+      store_upto(out + i, sum, rest - i);
     }
   }
 }
