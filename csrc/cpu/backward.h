@@ -13,13 +13,14 @@
 #include "../cells/rnn.h"
 #include "activations.h"
 #include "buffers.h"
+#include "chunk_layout.h"
 #include "product.h"
 #include "team.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 
 template <class P, class Cell>
-struct BackwardPass {
+struct BackwardPass : private ChunkLayout {
   using T = typename P::Value;
   using Element = typename P::Element;
   static constexpr bool kValuesAreOperands = P::kPerElement == 1;
@@ -43,14 +44,6 @@ struct BackwardPass {
       return left ? left + group * blocks_of(m, kMaxRowBlock) * kMaxRowBlock * depth : nullptr;
     }
     Element* right_of(int64_t group) const { return right + group * n.size(depth); }
-  };
-
-  // The rows of one group of row blocks at the steps of a chunk. In the arrays of the chunk they
-  // follow each other, in time order.
-  struct Section {
-    StepRange steps;
-    int64_t first_b, batch;  // of the group
-    int64_t base, rows;      // number of the first one in the arrays, count
   };
 
   struct Direction {
@@ -85,29 +78,24 @@ struct BackwardPass {
   };
 
   const BackwardCall<T>& call;
-  const SequenceShape& shape;
   const Features<T>& features;
-  const Plan& plan;
   const int64_t gate_rows;  // G*H
   const bool project, norm, two_stages;
   const bool splits;  // do gradients of the gates' input side and recurrent side differ?
-  const int64_t groups;
   Columns<T> state_columns, input_columns, hidden_columns;
   Direction directions[kMaxDirections];
   Element* w_ih = nullptr;  // a panel of (G*H, I) per member of the team, only for dx
   size_t workspace_bytes;
 
   BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
-      : call(c),
-        shape(c.shape),
+      : ChunkLayout{c.shape, p, has_groups(c) ? p.groups : 1},
+        call(c),
         features(c.features),
-        plan(p),
         gate_rows(kGates * c.shape.hidden_size),
         project(c.shape.proj_size > 0),
         norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
         splits((Cell::kSplitsGradient && !two_stages) || norm),
-        groups(norm || two_stages || c.known[0].dgx || c.gates[0].dgx ? 1 : p.groups),
         state_columns{c.shape.state_size()},
         input_columns{c.shape.input_size},
         hidden_columns{c.shape.hidden_size} {
@@ -244,6 +232,11 @@ struct BackwardPass {
   }
 
  private:
+  // Do sums over rows fall into the plan's groups?
+  static bool has_groups(const BackwardCall<T>& c) {
+    return !c.features.two_parts() && !c.known[0].dgx && !c.gates[0].dgx;
+  }
+
   // Rows of operands, in elements.
   int64_t gate_depth() const { return elements<P>(gate_rows); }
   int64_t projection_stride() const { return elements<P>(padded(shape.proj_size)); }
@@ -257,34 +250,6 @@ struct BackwardPass {
     int64_t first, count;
     int64_t packer;  // whose space for packing, -1: the team member's own
   };
-
-  // The batch row that a group begins with, of the one after the last: the batch.
-  int64_t first_row(int64_t group) const {
-    const int64_t row = blocks_of(shape.batch, plan.row_block) * group / groups * plan.row_block;
-    return row < shape.batch ? row : shape.batch;
-  }
-  Section section(int d, int64_t s, int64_t end, int64_t group) const {
-    const StepRange steps = range_at(shape, reversed(d), s, end);
-    if (groups == 1) return {steps, 0, shape.batch, 0, steps.rows};
-    const int64_t first = first_row(group), batch = first_row(group + 1) - first;
-    return {steps, first, batch, (end - s) * first, (end - s) * batch};
-  }
-  // Visits rows [begin, end) of a section: visit(row in it, t, b).
-  template <class Visit>
-  void for_rows_of(const Section& section, int64_t begin, int64_t end, Visit&& visit) const {
-    if (groups == 1) return for_rows(shape, section.steps, begin, end, visit);
-    int64_t t = section.steps.first + begin / section.batch, b = begin % section.batch;
-    for (int64_t row = begin; row < end; ++row) {
-      visit(row, t, section.first_b + b);
-      if (++b == section.batch) {
-        b = 0;
-        ++t;
-      }
-    }
-  }
-
-  // Backward undoes the directions' own order.
-  bool reversed(int d) const { return d == 0; }
 
   void prepare(Member& team) const {
     const int64_t states = state_columns.panels();
@@ -371,28 +336,6 @@ struct BackwardPass {
     const int64_t first = columns.first(panel);
     for (int64_t k = 0; k < depth; ++k)
       pack_row<P>(matrix + k * ld + first, columns.count - first, columns.vectors(panel), k, to);
-  }
-
-  StepRange chunk_range(int d, int64_t chunk) const {
-    const int64_t begin = chunk * plan.chunk_steps, end = begin + plan.chunk_steps;
-    return range_at(shape, reversed(d), begin, end < shape.steps ? end : shape.steps);
-  }
-
-  // Where the values of (position s, batch row b) stand in the arrays of its chunk; those of the
-  // other rows of b's block follow.
-  int64_t chunk_row(int d, int64_t s, int64_t b) const {
-    const StepRange steps = chunk_range(d, s / plan.chunk_steps);
-    const int64_t t = step_at(shape, reversed(d), s);
-    if (groups == 1) return shape.first_row(t) - steps.base + b;
-    int64_t group = groups - 1;
-    while (first_row(group) > b) --group;
-    const int64_t first = first_row(group), batch = first_row(group + 1) - first;
-    return (steps.last - steps.first) * first + (t - steps.first) * batch + b - first;
-  }
-  int slot(int64_t s) const { return int(s / plan.chunk_steps & 1); }
-
-  int64_t active_at(int d, int64_t s) const {
-    return s < 0 || s >= shape.steps ? 0 : shape.active(step_at(shape, reversed(d), s));
   }
 
   // The h_{t-1} of a row, in the direction's own order: an earlier output or the initial state.
@@ -497,7 +440,7 @@ struct BackwardPass {
     for (int64_t r = now; r < rows; ++r) copy_row(carry + r * stride, tile + r * width, width);
     if (now == 0) return;
 
-    const int64_t t = step_at(shape, reversed(d), s), first_row = chunk_row(d, s, begin);
+    const int64_t t = step_at(shape, reversed(d), s), row_of_begin = chunk_row(d, s, begin);
     if (call.dy.data) {
       for (int64_t r = 0; r < now; ++r) {
         const T* dy = call.dy.at(shape, t, begin + r) + d * R + first;
@@ -510,7 +453,7 @@ struct BackwardPass {
     }
     if (project || norm) {
       for (int64_t r = 0; r < now; ++r) {
-        const int64_t row = norm ? begin + r : first_row + r;
+        const int64_t row = norm ? begin + r : row_of_begin + r;
         copy_row(w.dh + row * stride + first, tile + r * width, width);
         if (!kValuesAreOperands && project) {
           for (int64_t i = 0; i < width; i += kLanes<T>)
@@ -523,7 +466,7 @@ struct BackwardPass {
       for (int64_t r = 0; r < now; ++r)
         for (int v = 0; v < vectors; ++v)
           store(carry + r * stride + v * kLanes<T>,
-                unit_backward<false>(d, s, t, begin + r, first_row + r, first + v * kLanes<T>,
+                unit_backward<false>(d, s, t, begin + r, row_of_begin + r, first + v * kLanes<T>,
                                      load(tile + r * width + v * kLanes<T>)));
     }
   }
@@ -560,13 +503,13 @@ struct BackwardPass {
     const int vectors = hidden_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    const int64_t first_row = chunk_row(d, s, begin);
-    const Element* dh = w.dh_operand + first_row * projection_stride();
+    const int64_t row_of_begin = chunk_row(d, s, begin);
+    const Element* dh = w.dh_operand + row_of_begin * projection_stride();
     multiply_panel<P>(vectors, now, depth, {dh, projection_stride()},
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < now; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward<false>(d, s, t, begin + r, first_row + r, first + v * kLanes<T>,
+        unit_backward<false>(d, s, t, begin + r, row_of_begin + r, first + v * kLanes<T>,
                              load(tile + r * width + v * kLanes<T>));
   }
 

@@ -27,6 +27,10 @@ constexpr int64_t kRowsOfAShare = 8;
 constexpr int64_t kRowsOfAShareInTwoParts = 4;
 // ... more where W_hh does not stay in a core's own cache.
 constexpr int64_t kRowsOfAShareOfLargeWeights = 16;
+// W_ih and W_hh together that a step may read for every so many rows.
+constexpr double kBytesOfBothWeights = kOwnCacheBytes * 3 / 4;
+constexpr int64_t kRowsOfBothWeights = 16;
+constexpr int64_t kMostTimesOfBothWeights = 4;
 constexpr int64_t kMostGroups = 4;     // each has gradients of its own
 constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
@@ -100,9 +104,10 @@ Plan make_plan(const PlanInput& input) {
   const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / operand_bytes;
   const double bytes = weights * operand_bytes * s.directions;
   // By the shape alone, like all that cuts products into tiles. Of packed rows a step may have few.
+  // The more rows, the less it matters that every step reads W_ih again.
+  const int64_t times = std::min(batch / kRowsOfBothWeights, kMostTimesOfBothWeights);
   plan.project_in_step = !input.backward && plan.packed_weights && !s.batch_sizes &&
-                         batch >= 2 * kRowsOfAShare &&
-                         (weights + inputs) * operand_bytes < kOwnCacheBytes * 3 / 4;
+                         (weights + inputs) * operand_bytes <= kBytesOfBothWeights * double(times);
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.

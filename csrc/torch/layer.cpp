@@ -18,7 +18,20 @@ namespace {
 using Optional = std::optional<at::Tensor>;
 constexpr double kBytesPerSecond = 10e9;  // written by one thread
 
+constexpr int64_t kBytesOfAJob = 1 << 18;
+
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Zeros, by the threads of a call: torch's own hang in a forked child where a tensor is large.
+void clear(const at::Tensor& t) {
+  char* const data = static_cast<char*>(t.mutable_data_ptr());
+  const int64_t bytes = int64_t(t.nbytes());
+  share_out((bytes + kBytesOfAJob - 1) / kBytesOfAJob, double(bytes) / kBytesPerSecond,
+            [&](int64_t job) {
+              const int64_t begin = job * kBytesOfAJob;
+              std::memset(data + begin, 0, size_t(std::min(bytes - begin, kBytesOfAJob)));
+            });
+}
 
 // The operators' arguments that forward and backward share, in schema order.
 struct LayerInputs {
@@ -292,7 +305,7 @@ Results forward_layer(const Layer& layer, bool return_cells, bool save_reserve) 
       return_cells ? Backend::empty(layer.rows_sizes(D * H), plain) : Backend::empty({0}, plain);
   const at::Tensor reserve = Backend::empty({save_reserve ? layer.reserve_size() : 0}, plain);
   // Padding and places of segments that there are not: results hold nothing by chance.
-  if (H % kPad != 0 || layer.in.checkpoint_steps > 0) reserve.zero_();
+  if (H % kPad != 0 || layer.in.checkpoint_steps > 0) clear(reserve);
 
   if (layer.empty()) {
     const auto set = [](const at::Tensor& to, const Optional& from) {

@@ -174,6 +174,9 @@ TEST(a_part_of_the_batch_each) {
     CHECK_EQ(make_plan(in).shares, 2);
     CHECK_EQ(make_plan(in).groups, 1);
     CHECK(!make_plan(in).project_in_step);
+    in = input(50, 64, 256, 256, 2);  // rows enough to read W_ih again at every step
+    in.backward = backward;
+    CHECK_EQ(make_plan(in).project_in_step, !backward);
     // Rows of very different lengths: the first half of them would have most of the steps.
     const std::vector<int64_t> sizes = {32, 32, 16, 16, 16, 16, 16, 16};
     in = input(int64_t(sizes.size()), 32, 256, 256, 2);
