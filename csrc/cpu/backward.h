@@ -441,6 +441,7 @@ struct BackwardPass : private ChunkLayout {
     if (now == 0) return;
 
     const int64_t t = step_at(shape, reversed(d), s), row_of_begin = chunk_row(d, s, begin);
+    const GateRows gates = gate_rows_of(d, s);
     if (call.dy.data) {
       for (int64_t r = 0; r < now; ++r) {
         const T* dy = call.dy.at(shape, t, begin + r) + d * R + first;
@@ -467,7 +468,7 @@ struct BackwardPass : private ChunkLayout {
         for (int v = 0; v < vectors; ++v)
           store(carry + r * stride + v * kLanes<T>,
                 unit_backward<false>(d, s, t, begin + r, row_of_begin + r, first + v * kLanes<T>,
-                                     load(tile + r * width + v * kLanes<T>)));
+                                     gates, load(tile + r * width + v * kLanes<T>)));
     }
   }
 
@@ -504,20 +505,32 @@ struct BackwardPass : private ChunkLayout {
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const int64_t row_of_begin = chunk_row(d, s, begin);
+    const GateRows gates = gate_rows_of(d, s);
     const Element* dh = w.dh_operand + row_of_begin * projection_stride();
     multiply_panel<P>(vectors, now, depth, {dh, projection_stride()},
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < now; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward<false>(d, s, t, begin + r, row_of_begin + r, first + v * kLanes<T>,
+        unit_backward<false>(d, s, t, begin + r, row_of_begin + r, first + v * kLanes<T>, gates,
                              load(tile + r * width + v * kLanes<T>));
+  }
+
+  // The arrays that take a position's gate gradients.
+  struct GateRows {
+    T *dgx, *dgh;
+    Element *dgx_operand, *dgh_operand;
+  };
+  GateRows gate_rows_of(int d, int64_t s) const {
+    const Direction& w = directions[d];
+    const int at = slot(s);
+    return {w.dgx[at], w.dgh[at], w.dgx_operand[at], w.dgh_operand[at]};
   }
 
   // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
   // pass through W_hh. `row`: where it stands in the arrays of its chunk. kNorm: for norm_row.
   template <bool kNorm>
   RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t row,
-                                      int64_t unit, Vec<T> dh) const {
+                                      int64_t unit, const GateRows& gates, Vec<T> dh) const {
     if constexpr (kGates == 3) {
       if (two_stages) return second_stage(d, s, t, b, unit, dh);
     }
@@ -593,13 +606,13 @@ struct BackwardPass : private ChunkLayout {
         if (Cell::kSplitsGradient) store_upto(by_side + gate_rows, dg[g], rest);
         continue;
       }
-      store_upto(w.dgx[slot(s)] + row * gate_rows + column, dx[g], rest);
+      store_upto(gates.dgx + row * gate_rows + column, dx[g], rest);
       if constexpr (!kValuesAreOperands)
-        P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, dx[g], rest);
+        P::store(gates.dgx_operand + row * gate_depth(), column, dx[g], rest);
       if constexpr (Cell::kSplitsGradient) {
-        store_upto(w.dgh[slot(s)] + row * gate_rows + column, dg[g], rest);
+        store_upto(gates.dgh + row * gate_rows + column, dg[g], rest);
         if constexpr (!kValuesAreOperands)
-          P::store(w.dgh_operand[slot(s)] + row * gate_depth(), column, dg[g], rest);
+          P::store(gates.dgh_operand + row * gate_depth(), column, dg[g], rest);
       }
     }
     return u.dh_prev;

@@ -483,94 +483,15 @@ struct ForwardPass {
             call.y.row_stride};
   }
 
-  // The cell for row r of a panel, and where V is a pair for the next one, too.
+  // In cell_rows.h. The cell for row r of a panel, and where V is a pair for the next one, too.
   template <class V>
-  RNN_EXT_INLINE void simple_cell(const SimpleRows& at, int64_t panel, int64_t r, const T* gx,
-                                  int64_t gx_stride, const T* gh) const {
-    const VectorMath<T, V> math{call.linear_activations};
-    const auto load_rows = [](const T* first, int64_t stride) {
-      V rows;
-      for_each_vector(rows, [&](int i, Vec<T>& row) { row = load(first + i * stride); });
-      return rows;
-    };
-    const auto store_rows = [](T* first, int64_t stride, V rows) {
-      for_each_vector(rows, [&](int i, Vec<T>& row) { store(first + i * stride, row); });
-    };
-    const int unit_vectors = kGates > 1 ? 1 : columns.unit_vectors(panel);
-    const int64_t gh_stride = kGates * unit_vectors * kLanes<T>, before = r * at.hidden;
-    for (int u = 0; u < unit_vectors; ++u) {
-      const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
-      V x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
-#pragma GCC unroll 4
-      for (int g = 0; g < kGates; ++g) {
-        x[g] = load_rows(gx + (g * unit_vectors + u) * kLanes<T>, gx_stride);
-        h[g] = load_rows(gh + (g * unit_vectors + u) * kLanes<T>, gh_stride);
-      }
-      if constexpr (Cell::kHasCellState) c = load_rows(at.c + before + unit, at.hidden);
-      if constexpr (Cell::kReadsPreviousOutput)
-        previous = load_rows(at.h_prev + before + unit, at.hidden);
-      V out = Cell::forward(math, x, h, previous, c, saved);
-      if constexpr (Cell::kHasCellState) store_rows(at.c + before + unit, at.hidden, c);
-      store_rows(at.h + before + unit, at.hidden, out);
-      if (at.reserve) {
-        T* const reserve = at.reserve + kSaved * before + unit;
-#pragma GCC unroll 8
-        for (int i = 0; i < kSaved; ++i)
-          store_rows(reserve + i * at.hidden, kSaved * at.hidden, saved[i]);
-      }
-      T* const y = at.y + r * at.y_stride + unit;
-      for_each_vector(out, [&](int i, Vec<T>& row) {
-        store_upto(y + i * at.y_stride, row, shape.hidden_size - unit);
-      });
-    }
-  }
-
-  // The cell for one row of a panel. What its gates get from x_t, and from h_{t-1}: gx, gh. kNorm:
-  // the LSTM's output is made later, by norm_output.
+  void simple_cell(const SimpleRows& at, int64_t panel, int64_t r, const T* gx, int64_t gx_stride,
+                   const T* gh) const;
+  // The cell for one row of a panel, with all that may go on beyond it. What its gates get from
+  // x_t, and from h_{t-1}: gx, gh. kNorm: the LSTM's output is made later, by norm_output.
   template <bool kNorm>
-  RNN_EXT_INLINE void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b, const T* gx,
-                               const T* gh) const {
-    const Direction& w = directions[d];
-    const VectorMath<T> math{call.linear_activations};
-    const int64_t hidden = padded(shape.hidden_size);
-    const int unit_vectors = columns.unit_vectors(panel);
-    const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
-    T* y = call.y.at(shape, t, b) + d * shape.state_size();
-    T* reserve = reserve_row(d, t, b);
-    const Beyond beyond = beyond_plain(d, t, b);
-    for (int u = 0; u < unit_vectors; ++u) {
-      const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
-      Vec<T> x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
-#pragma GCC unroll 4
-      for (int g = 0; g < kGates; ++g) {
-        x[g] = load(gx + (g * unit_vectors + u) * kLanes<T>);
-        h[g] = load(gh + (g * unit_vectors + u) * kLanes<T>);
-      }
-      if constexpr (Cell::kHasCellState) c = load(w.c + b * hidden + unit);
-      if (Cell::kReadsPreviousOutput || beyond.zoneout_h) previous = load(h_prev + unit);
-      const Vec<T> c_prev = c;
-      Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
-      if (Cell::kReadsOutput && reserve) store(reserve + unit, out);
-      if constexpr (Cell::kHasCellState) {
-        if constexpr (kNorm) {
-          T* kept = w.unnormalized + b * 2 * hidden + unit;
-          store(kept, saved[3]);
-          store(kept + hidden, first_lanes<T>(c, shape.hidden_size - unit));
-        }
-        if (beyond.any) c = beyond.next_c(c, c_prev, unit, shape.hidden_size);
-        store(w.c + b * hidden + unit,
-              beyond.anew ? row_vector(beyond.reset_c, unit, shape.hidden_size) : c);
-      }
-      if (reserve) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kSaved; ++i) store(reserve + i * hidden + unit, saved[i]);
-      }
-      if (shape.proj_size > 0)
-        P::store(w.unprojected + b * hidden_stride(), unit, out, kLanes<T>);
-      else if constexpr (!Cell::kHasCellState || !kNorm)
-        emit_h(d, s, b, unit, beyond.next_h(out, previous, unit, shape.hidden_size), beyond, y);
-    }
-  }
+  void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b, const T* gx,
+                const T* gh) const;
 
   // In layer_norm.h.
   void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const;

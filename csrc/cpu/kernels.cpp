@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "backward.h"
+#include "cell_rows.h"
 #include "forward.h"
 #include "layer_norm.h"
 #include "reset_before.h"

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward.h"
+#include "cell_rows.h"
 #include "forward.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
@@ -165,7 +166,8 @@ void BackwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t b, int64_t group)
   const T* const kept = of_x + kGates * hidden;
   if constexpr (Cell::kHasCellState) norm_output(d, t, b, group, dh, kept);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>)
-    store(w.carry + b * hidden + unit, unit_backward<true>(d, s, t, b, row, unit, load(dh + unit)));
+    store(w.carry + b * hidden + unit,
+          unit_backward<true>(d, s, t, b, row, unit, gate_rows_of(d, s), load(dh + unit)));
   const T* const dx = w.dnormal + b * 2 * n;
   constexpr bool kSplits = Cell::kSplitsGradient;
   normalize_backward({kSplits ? dx + n : dx, features.norm_hh[d], of_h, kept[0],
