@@ -407,6 +407,7 @@ struct BackwardPass : private ChunkLayout {
     const int64_t R = shape.state_size(), stride = padded(R), first = state_columns.first(panel);
     const int vectors = state_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>;
+    if (next >= 0 && state_columns.vectors(next) < vectors) next = -1;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* carry = w.carry + begin * stride + first;
     if (earlier > 0) {

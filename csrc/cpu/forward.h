@@ -426,6 +426,7 @@ struct ForwardPass {
                  int64_t gx_row, int64_t next) const {
     const Direction& w = directions[d];
     const int64_t tile_width = columns.vectors(panel) * kLanes<T>;
+    if (next >= 0 && columns.vectors(next) < columns.vectors(panel)) next = -1;
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* const tile = norm ? w.gh + begin * columns.width() + columns.column(panel) : buffer;
     const auto panel_of = [](const Matrix& matrix, const Element* panels, int64_t i) {
@@ -446,13 +447,16 @@ struct ForwardPass {
     else
       gx = w.gx + (gx_row + begin) * columns.width() + columns.column(panel);
     int64_t r = 0;
-    if (simple_rows) {
-      const SimpleRows at = simple_rows_from(d, s, t, begin);
-      if constexpr (kVectorRegisters >= 32)
-        for (; r + 2 <= rows; r += 2)
-          simple_cell<Pair<T>>(at, panel, r, gx + r * gx_stride, gx_stride, tile + r * tile_width);
-      for (; r < rows; ++r)
-        simple_cell<Vec<T>>(at, panel, r, gx + r * gx_stride, gx_stride, tile + r * tile_width);
+    if constexpr (kValuesAreOperands) {
+      if (simple_rows) {
+        const SimpleRows at = simple_rows_from(d, s, t, begin);
+        if constexpr (kVectorRegisters >= 32)
+          for (; r + 2 <= rows; r += 2)
+            simple_cell<Pair<T>>(at, panel, r, gx + r * gx_stride, gx_stride,
+                                 tile + r * tile_width);
+        for (; r < rows; ++r)
+          simple_cell<Vec<T>>(at, panel, r, gx + r * gx_stride, gx_stride, tile + r * tile_width);
+      }
     }
     for (; r < rows; ++r)
       cell_row<false>(d, panel, s, t, begin + r, gx + r * gx_stride, tile + r * tile_width);

@@ -7,7 +7,7 @@
 
 namespace rnn_ext::RNN_EXT_ISA {
 
-// More would not fit the registers; with half as many, not even these do.
+// More than two, or two with 16 registers, would not fit.
 template <class T>
 struct Pair {
   Vec<T> first, second;

@@ -200,9 +200,9 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
 
 // out (rows, vectors*lanes) = init + A (rows, depth) * panel (depth, vectors*lanes), depth counted
 // in elements. init null means zeros; init_stride 0 repeats one row (a bias). `add`: to what is in
-// out, and init is null. `ahead`: the panel of
-// the next call, if it is known. Nothing else may be fetched early: what follows a panel in memory
-// may be written by another member.
+// out, and init is null. `ahead`: what the next call reads, as large as this panel, if it is
+// known. Nothing else may be fetched early: what follows in memory may be another member's, who
+// writes it.
 template <class P>
 void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<Element<P>> a,
                     const Element<P>* panel, const Value<P>* init, int64_t init_stride,

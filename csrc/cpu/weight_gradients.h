@@ -211,9 +211,11 @@ void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t group, 
   for (int64_t r = 0; r < count && !first_chunk; ++r)
     for (int v = 0; v < vectors; ++v)
       __builtin_prefetch(to + r * g.n.count + v * kLanes<T>, /*for writing*/ 1);
-  // The panel stays in the cache; what comes next is another block of the left operand.
+  // The panel stays in the cache; what comes next is another block of the left operand. A block is
+  // not as wide as a panel, so that what follows the last one would be fetched, too.
   const Element* const left = g.left_of(group);
-  const Element* const ahead = next < 0 ? nullptr : left + next * kMaxRowBlock * depth;
+  const bool known = next >= 0 && (next + 1) * kMaxRowBlock < g.m;
+  const Element* const ahead = known ? left + next * kMaxRowBlock * depth : nullptr;
   const auto multiply = [&](T* out, int64_t stride, bool add) {
     multiply_panel<P>(vectors, count, depth, {left + m * depth, 1, kMaxRowBlock},
                       g.right_of(group) + g.n.offset(panel, depth), nullptr, 0, out, stride, ahead,

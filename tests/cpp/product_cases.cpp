@@ -76,7 +76,7 @@ double get(const typename P::Element& element, int64_t k) {
 
 // --- multiply_panel -----------------------------------------------------------------------------
 
-enum class Init { kNone, kBias, kMatrix };
+enum class Init { kNone, kBias, kMatrix, kAdded };
 
 template <class P>
 void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, Init init) {
@@ -99,14 +99,19 @@ void check_panel(int vectors, int64_t rows, int64_t depth, bool transposed, Init
     for (int64_t j = 0; j < width; ++j)
       put<P>(panel[k / kPer * width + j], k, k < depth ? number(k + 3, j) : 0);
 
+  const bool added = init == Init::kAdded;
+  for (int64_t r = 0; r < rows && added; ++r)
+    for (int64_t j = 0; j < width; ++j) out[r * out_stride + j] = T(number(j, r));
+  // What is fetched ahead changes nothing, known or not.
   multiply_panel<P>(vectors, rows, length, {a.data(), row_stride, k_stride}, panel.data(),
-                    init == Init::kNone ? nullptr : bias.data(),
-                    init == Init::kMatrix ? init_stride : 0, out.data(), out_stride);
+                    init == Init::kNone || added ? nullptr : bias.data(),
+                    init == Init::kMatrix ? init_stride : 0, out.data(), out_stride,
+                    rows % 2 ? panel.data() : nullptr, added);
 
   bool right = true;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < width; ++j) {
-      double sum = init == Init::kNone ? 0 : number(j, init == Init::kMatrix ? r : 0);
+      double sum = init == Init::kNone ? 0 : number(j, init == Init::kBias ? 0 : r);
       for (int64_t k = 0; k < depth; ++k) sum += number(r, k) * number(k + 3, j);
       right &= out[r * out_stride + j] == T(sum);
     }
@@ -121,13 +126,13 @@ void check_panels() {
   for (int vectors = 1; vectors <= kPanelVectors; ++vectors) {
     for (int64_t rows = 1; rows <= 34; ++rows)
       for (int64_t depth : {0, 1, 2, 3, 4, 5, 7, 8, 31, 65})
-        for (Init init : {Init::kNone, Init::kBias, Init::kMatrix})
+        for (Init init : {Init::kNone, Init::kBias, Init::kMatrix, Init::kAdded})
           for (bool transposed : {false, true})
             check_panel<P>(vectors, rows, depth, transposed, init);
     // Beside the boundaries of a block of K.
     for (int64_t rows : {1, 6, 9, 17})
       for (int64_t depth : {kBlockDepth - 1, kBlockDepth, kBlockDepth + 1, 2 * kBlockDepth + 1})
-        for (Init init : {Init::kNone, Init::kBias, Init::kMatrix})
+        for (Init init : {Init::kNone, Init::kBias, Init::kMatrix, Init::kAdded})
           check_panel<P>(vectors, rows, depth, rows == 9, init);
   }
 }
