@@ -31,25 +31,27 @@ struct LstmCell {
     saved[2] = m.tanh(x[2] + h[2]);
     saved[3] = m.sigmoid(x[3] + h[3]);
     saved[4] = c;
-    c = next_c(saved);
+    c = next_c(m, saved);
     return saved[3] * m.tanh(c);
   }
 
-  template <class V>
-  RNN_EXT_CELL_FN static V next_c(const V* saved) {
-    return saved[1] * saved[4] + saved[0] * saved[2];
+  // The same bits wherever it is compiled into: of two products a compiler may fuse either with the
+  // sum, unless one of them is rounded first.
+  template <class M, class V>
+  RNN_EXT_CELL_FN static V next_c(const M& m, const V* saved) {
+    return saved[1] * saved[4] + m.rounded(saved[0] * saved[2]);
   }
 
   // h_t before the projection, from what was saved.
   template <class M, class V>
   RNN_EXT_CELL_FN static V output(const M& m, const V* saved) {
-    return saved[3] * m.tanh(next_c(saved));
+    return saved[3] * m.tanh(next_c(m, saved));
   }
 
   template <class M, class V>
   RNN_EXT_CELL_FN static void backward(const M& m, const V* saved, UnitBackward<V>& u, V* dx,
                                        V* /*dh*/) {
-    const V o = saved[3], tanh_c = m.tanh(next_c(saved));
+    const V o = saved[3], tanh_c = m.tanh(next_c(m, saved));
     dx[3] = u.dh * tanh_c * m.sigmoid_grad(o);
     u.dc = backward_state(m, saved, u.dc + u.dh * o * m.tanh_grad(tanh_c), dx);
     u.dh_prev = m.zero();

@@ -200,7 +200,7 @@ void BackwardPass<P, Cell>::norm_output(int d, int64_t t, int64_t b, int64_t gro
       Vec<T> saved[kSaved];
 #pragma GCC unroll 8
       for (int i = 0; i < kSaved; ++i) saved[i] = load(reserve + i * hidden + unit);
-      const Vec<T> normal = first_lanes<T>((Cell::next_c(saved) - mean) * by, rest);
+      const Vec<T> normal = first_lanes<T>((Cell::next_c(math, saved) - mean) * by, rest);
       const Vec<T> gain = load_upto(features.norm_c[d] + unit, rest);
       const Vec<T> tanh_c =
           math.tanh(normal * gain + load_upto(features.norm_c_bias[d] + unit, rest));
