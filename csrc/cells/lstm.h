@@ -35,8 +35,8 @@ struct LstmCell {
     return saved[3] * m.tanh(c);
   }
 
-  // The same bits wherever it is compiled into: of two products a compiler may fuse either with the
-  // sum, unless one of them is rounded first.
+  // On a CPU the same bits wherever it is compiled into: of two products a compiler may fuse either
+  // with the sum, unless one of them is rounded first.
   template <class M, class V>
   RNN_EXT_CELL_FN static V next_c(const M& m, const V* saved) {
     return saved[1] * saved[4] + m.rounded(saved[0] * saved[2]);

@@ -95,6 +95,7 @@ struct ThreadMath {
     return (x < V(0) ? e : V(1)) / (V(1) + e);
   }
   RNN_EXT_DEVICE V tanh(V x) const { return linear ? x : hyperbolic_tangent(x); }
+  // Not rounded apart: here the compiler may still fuse it with the sum.
   RNN_EXT_DEVICE V rounded(V product) const { return product; }
   RNN_EXT_DEVICE V sigmoid_grad(V s) const { return linear ? V(0.25) : s * (V(1) - s); }
   RNN_EXT_DEVICE V tanh_grad(V y) const { return linear ? V(1) : V(1) - y * y; }
