@@ -3,12 +3,17 @@
 #
 #   PYTHON   an interpreter that has a CUDA build of torch (default: python3)
 #   CHECK_ARGS  arguments for benchmarks/gpu.py (default: the whole grid; --quick for a short run)
+#   CHECK_STEPS  what to do of: info tests-gpu tests-device tests-cpu sanitizer benchmark (default: all)
+#   CHECK_JOBS  test processes at once (default: 4; each takes some GB of the GPU's memory)
+#   CHECK_WHEELS  a folder with wheels of what PYTHON lacks, for a machine without a network
 #
 # Works in an environment on top of PYTHON's own, so that its torch is the one that is tested.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=$PWD/out/cuda-check/$(date +%Y%m%d-%H%M%S)
+steps=" ${CHECK_STEPS:-info tests-gpu tests-device tests-cpu sanitizer benchmark} "
+jobs=${CHECK_JOBS:-4}
 say() { echo "cuda-check: $*" | tee -a "$out/summary.txt"; }
 
 "$python" - <<'END' || exit 1
@@ -25,13 +30,17 @@ END
 
 mkdir -p "$out"
 venv=out/cuda-check/.venv
-[ -x $venv/bin/python ] || "$python" -m venv $venv || exit 1
+[ -x $venv/bin/python ] || "$python" -m venv $venv || "$python" -m venv --without-pip $venv || exit 1
 # The torch of PYTHON, which may itself be of a virtual environment; all else as for development.
-grep -v '^torch=' requirements-dev.txt > "$out/requirements.txt"
 "$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
   > "$(echo $venv/lib/python3*/site-packages)/torch_of_python.pth" || exit 1
-$venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$out/requirements.txt" \
-  || exit 1
+pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
+if [ -n "${CHECK_WHEELS:-}" ]; then
+  $pip --no-index --no-deps "$CHECK_WHEELS"/*.whl || exit 1
+else
+  grep -v '^torch=' requirements-dev.txt > "$out/requirements.txt"
+  $pip -r "$out/requirements.txt" || exit 1
+fi
 
 $venv/bin/python - > "$out/environment.txt" <<'END'
 import platform, torch
@@ -44,9 +53,10 @@ nvidia-smi >> "$out/environment.txt" 2>&1
 git rev-parse HEAD >> "$out/environment.txt" 2>/dev/null
 
 failed=0
-step() { # name, command...
+step() { # name, command...: if it is asked for by the name's first word or two
   name=$1
   shift
+  case $steps in *" $name "* | *" ${name%-*} "*) ;; *) return ;; esac
   if "$@" > "$out/$name.log" 2>&1; then say "$name: passed"; else
     say "$name: FAILED, see $out/$name.log"
     failed=1
@@ -54,19 +64,20 @@ step() { # name, command...
 }
 
 export RNN_EXT_NEEDS_GPU=1 PYTHONPATH="$PWD"
-PATH="$PWD/$venv/bin:$PATH" RNN_EXT_CUDA=1 \
-  step build $venv/bin/python setup.py build_ext --inplace
-[ $failed = 0 ] || exit 1
+export PATH="$PWD/$venv/bin:$(dirname "$(command -v "$python")"):$PATH"
+RNN_EXT_CUDA=1 $venv/bin/python setup.py build_ext --inplace > "$out/build.log" 2>&1 || {
+  say "build: FAILED, see $out/build.log"
+  exit 1
+}
+pytest="$venv/bin/python -m pytest -p no:cacheprovider -q"
 step info $venv/bin/python -m rnn_ext info
-step tests-gpu $venv/bin/python -m pytest tests/test_cuda.py -p no:cacheprovider -ra
-step tests-device $venv/bin/python -m pytest tests --ignore tests/test_cuda.py --device=cuda \
-  -p no:cacheprovider -q
-step tests-cpu $venv/bin/python -m pytest tests --ignore tests/test_cuda.py -p no:cacheprovider -q
+step tests-gpu $pytest -n "$jobs" tests/test_cuda.py -ra
+step tests-device $pytest -n "$jobs" --dist loadfile tests --ignore tests/test_cuda.py --device=cuda
+step tests-cpu $pytest -n "$jobs" --dist loadfile tests --ignore tests/test_cuda.py
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
     step sanitizer-$tool compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-      $venv/bin/python -m pytest tests/test_cuda.py -p no:cacheprovider -q \
-      -k "(test_like_cudnn and given_state) or test_projection"
+      $pytest tests/test_cuda.py -k "(test_each_method and given_state) or test_projection"
   done
 else
   say "compute-sanitizer: not installed, not run"

@@ -24,6 +24,13 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CELLS = ["RNN", "LSTM", "GRU"]
+METHODS = ["stepwise", "persistent", "cluster"]
+# The cost model that stands for this GPU; the largest one where there is none.
+MODEL = next(
+    (name for name in rnn_ext._C.cuda_devices()
+     if HERE and name in torch.cuda.get_device_name().lower().replace(" ", "")),
+    "h100",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +92,57 @@ def test_like_cudnn(cell, dtype, shape, mode):
     check(Case(cell, mode=mode, dtype=dtype, **shape))
 
 
+METHOD_SHAPES = [
+    {"batch": 1, "steps": 9, "input_size": 5, "hidden_size": 17},
+    {"batch": 3, "steps": 11, "input_size": 7, "hidden_size": 19, "given_state": True},
+    {"batch": 33, "steps": 7, "input_size": 16, "hidden_size": 96, "bidirectional": True},
+    {"batch": 130, "steps": 5, "input_size": 33, "hidden_size": 70},
+    {"batch": 16, "steps": 20, "input_size": 64, "hidden_size": 256},
+    {"batch": 40, "steps": 6, "input_size": 16, "hidden_size": 512},
+    {"batch": 5, "steps": 12, "input_size": 8, "hidden_size": 40, "packed": True,
+     "bidirectional": True, "given_state": True},
+    {"batch": 50, "steps": 12, "input_size": 8, "hidden_size": 130, "packed": True},
+]  # fmt: skip
+
+
+@pytest.fixture
+def set_method():
+    yield rnn_ext._C.set_cuda_method
+    rnn_ext._C.set_cuda_method("auto")
+
+
+def methods_of(case: Case, tf32: bool = False) -> set[str]:
+    """By which method each pass of the case would run, the way it is set now, on a model."""
+    return {
+        rnn_ext._C.cuda_plan(
+            {"RNN": "rnn_tanh"}.get(case.cell, case.cell.lower()),
+            case.steps,
+            case.batch,
+            case.input_size,
+            case.hidden_size,
+            directions=case.directions,
+            dtype=str(case.dtype).removeprefix("torch."),
+            backward=backward,
+            training=True,
+            device=MODEL,
+            allow_tf32=tf32,
+        )["method"]
+        for backward in (False, True)
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("shape", METHOD_SHAPES, ids=str)
+def test_each_method_like_cudnn(set_method, method, cell, dtype, shape):
+    case = Case(cell, mode="training", dtype=dtype, **shape)
+    set_method(method)
+    if method not in methods_of(case):
+        pytest.skip(f"neither pass fits the method {method}")
+    check(case)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_projection(dtype):
     check(Case("LSTM", 4, 9, 6, 24, "training", proj_size=5, bidirectional=True, dtype=dtype))
@@ -118,12 +176,14 @@ def test_gradcheck(cell, packed):
     assert torch.autograd.gradcheck(run, (x, *module.parameters()))
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bitwise_the_same_every_time(cell, dtype):
+def test_bitwise_the_same_every_time(set_method, method, cell, dtype):
+    set_method(method)
     ours, _ = pair(Case(cell, 16, 50, 64, 128, "training", dtype=dtype, bidirectional=True))
     first = {name: value.clone() for name, value in ours.results().items()}
-    for _ in range(5):
+    for _ in range(20):
         for name, value in ours.results().items():
             assert torch.equal(value, first[name]), name
 
@@ -206,16 +266,34 @@ def test_autocast(dtype):
 @pytest.mark.skipif(
     HERE and torch.cuda.get_device_capability() < (8, 0), reason="no TF32 before 8.0"
 )
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_tf32_only_where_torch_allows_it(cell):
+def test_tf32_only_where_torch_allows_it(set_method, method, cell):
     """Rounding both operands of a product to TF32 moves it by 2^-10 of its terms at most; weights
     of 1/16 and states below 1 make that 256 terms of 2^-14 with either sign in each step."""
+    set_method(method)
     ours, _ = pair(Case(cell, 16, 10, 64, 256))
     exact = ours()[0].clone()
     torch.backends.cuda.matmul.allow_tf32 = True  # full_precision sets it back
     rounded = ours()[0]
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0, atol=10 * 16 * 2**-14)
+
+
+@pytest.mark.skipif(
+    HERE and torch.cuda.get_device_capability() < (8, 0), reason="no TF32 before 8.0"
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_gradients(set_method, method, cell):
+    """Each product's operands lose all but 10 bits: 2^-11 of either at most, anew in each step."""
+    set_method(method)
+    ours, _ = pair(Case(cell, 20, 8, 64, 160, "training", bidirectional=True))
+    exact = {name: value.clone() for name, value in ours.results().items()}
+    torch.backends.cuda.matmul.allow_tf32 = True  # full_precision sets it back
+    for name, value in ours.results().items():
+        error = (value - exact[name]).norm() / exact[name].norm()
+        assert 1e-6 < error < 8 * 2**-10, name
 
 
 def test_other_device_than_the_current_one():

@@ -3,12 +3,15 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <iterator>
 
 namespace rnn_ext::cuda {
 namespace {
+
+std::atomic<Method> chosen_method = Method::kRefused;
 
 constexpr int64_t kKiB = 1024, kMiB = kKiB * kKiB;
 
@@ -394,7 +397,11 @@ Plan make_plan(const PlanInput& in, Method method, const Cut* cut, int cluster) 
   return refused(in, "asked to refuse");
 }
 
+void set_method(Method method) { chosen_method = method; }
+
 Plan make_plan(const PlanInput& in) {
+  if (const Method method = chosen_method; method != Method::kRefused)
+    if (const Plan plan = make_plan(in, method); plan.method == method) return plan;
   const Plan persistent = plan_persistent(in), cluster = plan_cluster(in, 0);
   const Plan& on_chip = is_better(cluster, persistent) ? cluster : persistent;
   Plan stepwise = plan_stepwise(in);

@@ -94,6 +94,10 @@ Plan make_plan(const PlanInput& input);
 // it cannot be.
 Plan make_plan(const PlanInput& input, Method method, const Cut* cut = nullptr, int cluster = 0);
 
+// make_plan(input) takes this method wherever a layer can run by it; kRefused: the fastest one
+// predicted, as it is at first. For the whole process: for tests, measurements and bug reports.
+void set_method(Method method);
+
 // Parts of the workspace, as byte offsets, each a multiple of 256. A part that is not needed has no
 // bytes. The letters are those of sequence.h; T is the storage type, C the compute type.
 struct Workspace {

@@ -8,6 +8,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/python_arg_parser.h>
 
+#include <array>
 #include <cstdlib>
 
 #include "../cuda/plan.h"
@@ -139,6 +140,17 @@ cuda::DType cuda_dtype(const std::string& name) {
   throw py::value_error("dtype must be float32, float64, float16 or bfloat16, got '" + name + "'");
 }
 
+// In the order of cuda::Method. To refuse is not a choice: there it is the engine's own.
+constexpr std::array<const char*, 4> kCudaMethods = {"refused", "stepwise", "persistent",
+                                                     "cluster"};
+
+void set_cuda_method(const std::string& name) {
+  if (name == "auto") return cuda::set_method(cuda::Method::kRefused);
+  for (size_t i = 1; i < kCudaMethods.size(); ++i)
+    if (name == kCudaMethods[i]) return cuda::set_method(cuda::Method(i));
+  throw py::value_error("method must be auto, stepwise, persistent or cluster, not '" + name + "'");
+}
+
 // What the CUDA engine would do on a device of the tables, predicted. No GPU is asked.
 py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_t input_size,
                    int64_t hidden_size, int64_t proj_size, int directions, const std::string& dtype,
@@ -165,10 +177,7 @@ py::dict cuda_plan(const std::string& cell, int64_t steps, int64_t batch, int64_
   input.device = *model;
   const cuda::Plan p = cuda::make_plan(input);
   py::dict info;
-  info["method"] = p.method == cuda::Method::kPersistent ? "persistent"
-                   : p.method == cuda::Method::kCluster  ? "cluster"
-                   : p.method == cuda::Method::kStepwise ? "stepwise"
-                                                         : "refused";
+  info["method"] = kCudaMethods.at(size_t(p.method));
   info["reason"] = p.reason;
   info["tensor_cores"] = p.cut != cuda::Cut::kLanes;
   info["units_per_block"] = p.units;
@@ -331,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("directions") = 1,
         py::arg("dtype") = "float32", py::arg("backward") = false, py::arg("threads") = 0);
   m.def("cuda_devices", &cuda_devices);
+  m.def("set_cuda_method", &set_cuda_method, py::arg("name"));
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("steps"), py::arg("batch"),
         py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size") = 0,
         py::arg("directions") = 1, py::arg("dtype") = "float32", py::arg("backward") = false,
