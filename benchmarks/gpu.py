@@ -4,7 +4,8 @@ For each case the results are checked first, against torch.nn in float64 on the 
 every side is captured into a CUDA graph that calls it on buffers in rotation (together larger than
 the L2 cache, so that nobody finds the last call's inputs there), the graphs are replayed in turn,
 and CUDA events give the times. `--device cpu` runs all of this but the graphs and events: for
-tests, its times say nothing about a GPU.
+tests, its times say nothing about a GPU. float32 is multiplied as float32 on all sides, or with
+`--tf32` as TF32 on all sides; torch's own default differs between cuDNN and other products.
 
     python benchmarks/gpu.py --json out/gpu.json --markdown out/gpu.md --png out/gpu.png
 """
@@ -37,6 +38,7 @@ BATCHES = (1, 7, 16, 64, 128)
 STEPS = (1, 128, 1024)
 HIDDEN = (64, 256, 512, 768, 1024, 2048)
 MODES = ("inference", "training")
+METHODS = ("stepwise", "persistent", "cluster")
 
 # A compiled loop is unrolled over its steps: more of them take minutes to compile.
 COMPILED_STEPS = 32
@@ -49,11 +51,18 @@ COMPILED = "compiled loop"
 FLASH = "flashrnn"
 
 
-def grid() -> Iterator[Case]:
-    for cell, dtype, batch, steps, hidden, mode in itertools.product(
-        CELLS, DTYPES.values(), BATCHES, STEPS, HIDDEN, MODES
+def grid(
+    cells: Sequence[str] = CELLS,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    batches: Sequence[int] = BATCHES,
+    steps: Sequence[int] = STEPS,
+    hidden: Sequence[int] = HIDDEN,
+    modes: Sequence[str] = MODES,
+) -> Iterator[Case]:
+    for cell, dtype, B, T, H, mode in itertools.product(
+        cells, dtypes, batches, steps, hidden, modes
     ):
-        yield Case(cell, batch, steps, hidden, hidden, mode, dtype=dtype)
+        yield Case(cell, B, T, H, H, mode, dtype=DTYPES[dtype])
 
 
 class OnDevice(Workload):
@@ -74,6 +83,23 @@ class OnDevice(Workload):
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.input, self.grad_output))
+
+
+class ByMethod(OnDevice):
+    """Ours by one method of the CUDA engine where it can be, whatever the plan prefers."""
+
+    def __init__(
+        self, case: Case, module: nn.RNNBase, device: torch.device, seed: int, method: str
+    ) -> None:
+        super().__init__(case, module, device, seed)
+        self.method = method
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        rnn_ext._C.set_cuda_method(self.method)
+        try:
+            return super().__call__()
+        finally:
+            rnn_ext._C.set_cuda_method("auto")
 
 
 class CompiledOnDevice(OnDevice):
@@ -120,7 +146,11 @@ def why_flashrnn_is_absent(case: Case, device: torch.device) -> str:
 
 
 def build_sides(
-    case: Case, device: torch.device, seed: int, with_flash: bool = False
+    case: Case,
+    device: torch.device,
+    seed: int,
+    with_flash: bool = False,
+    methods: Sequence[str] = (),
 ) -> dict[str, Workload]:
     """The case in every engine that has it, with the same weights and inputs."""
     torch.manual_seed(0)
@@ -135,6 +165,8 @@ def build_sides(
         BASELINE: OnDevice(case, alike(nn), device, seed),
         OURS: OnDevice(case, alike(rnn_ext), device, seed),
     }
+    for method in methods:
+        sides[method] = ByMethod(case, alike(rnn_ext), device, seed, method)
     if with_flash:
         sides[FLASH] = FlashOnDevice(case, alike(nn), device, seed)
     if case.steps <= COMPILED_STEPS:
@@ -144,10 +176,10 @@ def build_sides(
 
 
 def wrong_results(
-    case: Case, device: torch.device, with_flash: bool = False
+    case: Case, device: torch.device, with_flash: bool = False, methods: Sequence[str] = ()
 ) -> dict[str, list[Deviation]]:
     """What each side but torch.nn computes wrongly."""
-    sides = build_sides(case, device, 1, with_flash)
+    sides = build_sides(case, device, 1, with_flash, methods)
     torch_nn = sides.pop(BASELINE)
     deviations = compare_all(
         case, sides, torch_nn, make=lambda case, module: OnDevice(case, module, device)
@@ -231,6 +263,7 @@ class Row:
     wrong: dict[str, list[str]]
     gflops: float
     floor_seconds: float | None = None  # of the cost model, where the device is one of its table
+    predicted: dict[str, float] = field(default_factory=dict)  # by the same, for ours
     absent: dict[str, str] = field(default_factory=dict)  # peers that could not run it, and why
 
     @property
@@ -247,37 +280,59 @@ class Row:
         return self.floor_seconds / self.seconds[OURS]
 
 
-def floor_of(case: Case, model: str | None) -> float | None:
+def plans_of(case: Case, model: str, method: str = "auto") -> list[dict]:
+    """The cost model's plan for each pass of the case."""
+    rnn_ext._C.set_cuda_method(method)
+    try:
+        return [
+            rnn_ext._C.cuda_plan(
+                "rnn_tanh" if case.cell == "RNN" else case.cell.lower(),
+                case.steps,
+                case.batch,
+                case.input_size,
+                case.hidden_size,
+                dtype=str(case.dtype).removeprefix("torch."),
+                backward=backward,
+                training=case.training,
+                device=model,
+                allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+            )
+            for backward in ((False, True) if case.training else (False,))
+        ]
+    finally:
+        rnn_ext._C.set_cuda_method("auto")
+
+
+def seconds_of_plans(plans: Sequence[dict], key: str = "total_seconds") -> float:
+    return sum(plan[key] for plan in plans)
+
+
+def possible_methods(case: Case, model: str | None) -> dict[str, list[dict]]:
+    """The methods by which every pass of the case can run, with their plans."""
     if model is None:
-        return None
-    cell = "rnn_tanh" if case.cell == "RNN" else case.cell.lower()
-    passes = (False, True) if case.training else (False,)
-    return sum(
-        rnn_ext._C.cuda_plan(
-            cell,
-            case.steps,
-            case.batch,
-            case.input_size,
-            case.hidden_size,
-            dtype=str(case.dtype).removeprefix("torch."),
-            backward=backward,
-            training=case.training,
-            device=model,
-        )["floor_seconds"]
-        for backward in passes
-    )
+        return {}
+    plans = {method: plans_of(case, model, method) for method in METHODS}
+    return {
+        method: found
+        for method, found in plans.items()
+        if all(plan["method"] == method for plan in found)
+    }
 
 
-def measure(case: Case, device: torch.device, rounds: int, model: str | None) -> Row:
+def measure(
+    case: Case, device: torch.device, rounds: int, model: str | None, each_method: bool = False
+) -> Row:
     """Check one case, then time the sides that are right, in turn."""
     on_gpu = device.type == "cuda"
     no_flash = why_flashrnn_is_absent(case, device)
-    wrong = wrong_results(case, device, not no_flash)
+    by_method = possible_methods(case, model) if each_method else {}
+    methods = tuple(by_method)
+    wrong = wrong_results(case, device, not no_flash, methods)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
-    first = build_sides(case, device, 1, not no_flash)
+    first = build_sides(case, device, 1, not no_flash, methods)
     count = buffers_for(first[BASELINE], cache)
-    others = (build_sides(case, device, seed, not no_flash) for seed in range(2, count + 1))
-    buffers = [first, *others]
+    others = range(2, count + 1)
+    buffers = [first, *(build_sides(case, device, n, not no_flash, methods) for n in others)]
     prepare = prepare_on_gpu if on_gpu else prepare_on_host
     seconds_of = seconds_on_gpu if on_gpu else seconds_on_host
     samples: dict[str, list[float]] = {name: [] for name in first if name not in wrong}
@@ -292,6 +347,7 @@ def measure(case: Case, device: torch.device, rounds: int, model: str | None) ->
         lower, middle, upper = statistics.quantiles(times, n=4)
         return (upper - lower) / middle
 
+    planned = {**({OURS: plans_of(case, model)} if model else {}), **by_method}
     return Row(
         cell=case.cell,
         dtype=str(case.dtype).removeprefix("torch."),
@@ -303,7 +359,8 @@ def measure(case: Case, device: torch.device, rounds: int, model: str | None) ->
         spread={name: spread(times) for name, times in samples.items()},
         wrong={name: [str(deviation) for deviation in found] for name, found in wrong.items()},
         gflops=case.flops / medians[OURS] / 1e9 if OURS in medians else math.nan,
-        floor_seconds=floor_of(case, model),
+        floor_seconds=seconds_of_plans(planned[OURS], "floor_seconds") if planned else None,
+        predicted={name: seconds_of_plans(plans) for name, plans in planned.items()},
         absent={FLASH: no_flash} if no_flash else {},
     )
 
@@ -342,6 +399,16 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def line_of(case: Case, row: Row) -> str:
+    sides = (
+        f"{name} {row.seconds[name] * 1e3:.3f}"
+        + (f" (predicted {row.predicted[name] * 1e3:.3f})" if name in row.predicted else "")
+        for name in row.seconds
+    )
+    ratio = "WRONG" if OURS in row.wrong else f"{row.ratio:.2f}x"
+    return f"{case.label}: {ratio}; ms: {', '.join(sides)}"
+
+
 def heat_map(rows: Sequence[Row], path: Path, title: str) -> None:
     """Times faster than torch.nn: a line for each cell, dtype and mode, a column for each shape."""
     import matplotlib
@@ -375,12 +442,27 @@ def model_of(device: torch.device) -> str | None:
     return next((model for model in rnn_ext._C.cuda_devices() if model in name), None)
 
 
+AXES = {
+    "cells": CELLS,
+    "dtypes": tuple(DTYPES),
+    "batches": BATCHES,
+    "steps": STEPS,
+    "hidden": HIDDEN,
+    "modes": MODES,
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--device", default="cuda", help="cpu: for tests (default: %(default)s)")
     add("--rounds", type=int, default=9, help="samples of each side (default: %(default)s)")
     add("--quick", action="store_true", help="a few cases of the grid")
+    for axis, values in AXES.items():
+        kind = type(values[0])
+        add(f"--{axis}", type=kind, nargs="+", default=values, help="of the grid (default: all)")
+    add("--tf32", action="store_true", help="float32 is multiplied as TF32, by all sides")
+    add("--each-method", action="store_true", help="ours also by each method of the engine")
     add("--match", default="", help="only cases whose label contains this")
     add("--json", type=Path, help="where to write everything that was measured")
     add("--markdown", type=Path, help="where to write the table")
@@ -399,16 +481,18 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
         print("gpu.py: no GPU is available; nothing was measured", file=sys.stderr)
         return 2
     if cases is None:
-        cases = [case for case in grid() if not arguments.quick or quick(case)]
+        axes = {axis: getattr(arguments, axis) for axis in AXES}
+        cases = [case for case in grid(**axes) if not arguments.quick or quick(case)]
     cases = [case for case in cases if arguments.match in case.label]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
     model = model_of(device)
     rows = []
     for case in cases:
-        rows.append(measure(case, device, arguments.rounds, model))
-        row = rows[-1]
-        print(f"{case.label}: {'WRONG' if OURS in row.wrong else f'{row.ratio:.2f}x'}", flush=True)
+        rows.append(measure(case, device, arguments.rounds, model, arguments.each_method))
+        print(line_of(case, rows[-1]), flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     title = f"rnn_ext {rnn_ext.__version__} on {name}, torch {torch.__version__}"
+    title += f", cuDNN {torch.backends.cudnn.version()}{', TF32' if arguments.tf32 else ''}"
     if arguments.json:
         report = {"title": title, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(report, indent=1))

@@ -176,6 +176,14 @@ class _Recurrent(_NotScriptable, features.Options, nn.RNNBase):
         return output, ((h_n, c_n) if lstm else h_n)
 
     def _torch_forward(self, input, hx):
+        # On a GPU torch.nn looks at its weights only where cuDNN is switched off.
+        data = input.data if isinstance(input, PackedSequence) else input
+        device, own = data.device, self._weights()[0].device
+        if device.type == "cuda" and own != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{device} and parameter tensor at {own}"
+            )
         self._update_flat_weights()
         self._flat_weights = self._weights()
         return super().forward(input, hx)

@@ -11,6 +11,8 @@ Parity with cuDNN itself is test_cuda.py's subject.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,11 @@ def choose(name: str) -> None:
 
 def chosen() -> torch.device:
     return _device
+
+
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """For a reference that runs on the device and does what cuDNN refuses."""
+    return torch.backends.cudnn.flags(enabled=False)
 
 
 def to_device(tensor: Tensor) -> Tensor:

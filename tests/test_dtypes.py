@@ -180,6 +180,7 @@ def test_large_float16_values_stay_finite_where_the_result_is(cell: str) -> None
     assert (output.abs() <= 1).all()
 
 
+@pytest.mark.cpu_only("torch has no complex LSTM and GRU elsewhere")
 @pytest.mark.parametrize("class_name", ALL_CLASS_NAMES)
 def test_complex_numbers_are_left_to_torch(class_name: str) -> None:
     ours = getattr(rnn_ext, class_name)(4, 5, dtype=torch.complex128)

@@ -98,7 +98,7 @@ CONSTRUCTORS = [
     Mistake("dropout nan", construct(4, 6, dropout=np.nan), (r"dropout should be.*\[0, 1\]",)),
     Mistake("str dropout", construct(4, 6, dropout="a"), ("could not convert.*float.*'a'",)),
     Mistake("int dtype", construct(4, 6, dtype=torch.int64), ("floating point.*gradients",)),
-    Mistake("str dtype", construct(4, 6, dtype="float"), ("torch.dtype, not str",)),
+    Mistake("str dtype", construct(4, 6, dtype="float"), ("torch.dtype, not str|dtype=str",)),
     Mistake("unknown option", construct(4, 6, cells=3), ("unexpected keyword argument 'cells'",)),
     Mistake("no sizes", construct(), ("missing.*'input_size' and 'hidden_size'",)),
     Mistake("no hidden_size", construct(4), ("missing.*'hidden_size'",)),
@@ -147,7 +147,7 @@ CONSTRUCTORS = [
     Mistake(
         "float size of a cell",
         construct(4, 6.0),
-        ("ints.*float",),
+        ("ints.*float|tuple of ints",),
         on=CELL_CLASS_NAMES,
     ),
     Mistake(
@@ -190,7 +190,7 @@ INPUTS = [
     Mistake(
         "meta module",
         call(lambda name: (x(),), device="meta"),
-        ("not at the same device.*input tensor at (cpu|cuda) and parameter tensor at meta",),
+        ("not at the same device.*input tensor at (cpu|cuda\\S*) and parameter tensor at meta",),
     ),
     Mistake(
         "int bidirectional",
@@ -207,7 +207,12 @@ INPUTS = [
         lambda library, name: getattr(library, name)(4, 6)(x(), h0=None),
         ("unexpected keyword argument 'h0'",),
     ),
-    Mistake("sparse input", call(lambda name: (x().to_sparse(),)), ("sparse",)),
+    Mistake(
+        "sparse input",
+        call(lambda name: (x().to_sparse(),)),
+        ("sparse",),
+        cpu_only="it goes to torch.nn, whose error is cuDNN's there",
+    ),
     Mistake(
         "gradient for integers",
         call(lambda name: (x(dtype=torch.int64).requires_grad_(),)),
@@ -268,7 +273,7 @@ STATES = [
     Mistake(
         "meta",
         call(lambda name: (x(), state(name, 1, 2, 6, device="meta"))),
-        ("not at the same device.*input tensor at (cpu|cuda) and hidden tensor at meta",),
+        ("not at the same device.*input tensor at (cpu|cuda\\S*) and hidden tensor at meta",),
     ),
     Mistake(
         "NumPy",

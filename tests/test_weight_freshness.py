@@ -126,8 +126,10 @@ def dlpack_view_written(module: nn.Module) -> None:
 
 def storage_written(module: nn.Module) -> None:
     for parameter in module.parameters():
-        other = (1.5 * parameter.detach()).untyped_storage()
-        parameter.untyped_storage().copy_(other)
+        # A storage may hold the other weights, too: those of a module on a GPU are made flat.
+        view = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        place = parameter.storage_offset(), parameter.shape, parameter.stride()
+        view.set_(parameter.untyped_storage(), *place).mul_(1.5)
 
 
 def storage_set(module: nn.Module) -> None:

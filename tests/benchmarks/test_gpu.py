@@ -93,13 +93,31 @@ def test_times_are_of_one_call(monkeypatch):
     assert 0 < row.floor_share < 1
 
 
+def test_each_method_takes_part(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(rnn_ext._C, "set_cuda_method", chosen.append)
+    row = gpu.measure(small(), CPU, rounds=2, model="h100", each_method=True)
+    # Without the choice, every plan is the model's own: of a small layer, in a cluster.
+    assert set(row.seconds) == {gpu.BASELINE, gpu.OURS, "cluster"}
+    assert set(row.predicted) == {gpu.OURS, "cluster"}
+    assert set(gpu.METHODS) <= set(chosen)
+    assert chosen[-1] == "auto"
+
+
+def test_possible_methods():
+    small_layer, large_layer = (Case("LSTM", 4, 20, 8, h, "training") for h in (64, 4096))
+    assert list(gpu.possible_methods(small_layer, "h100")) == list(gpu.METHODS)
+    assert list(gpu.possible_methods(large_layer, "h100")) == ["stepwise"]
+    assert gpu.plans_of(small_layer, "h100")[0]["method"] == "cluster"  # the choice is back
+
+
 def test_reports(tmp_path, capsys):
     paths = [tmp_path / name for name in ("gpu.json", "gpu.md", "gpu.png")]
     kinds = ("json", "markdown", "png")
     options = [f"--{kind}={path}" for kind, path in zip(kinds, paths, strict=True)]
     cases = [small("LSTM"), small("GRU", "training")]
     assert gpu.main(["--device", "cpu", "--rounds", "2", *options], cases) == 0
-    assert capsys.readouterr().out.count("x\n") == 2
+    assert capsys.readouterr().out.count("x; ms: torch.nn ") == 2
     rows = json.loads(paths[0].read_text())["rows"]
     assert [row["cell"] for row in rows] == ["LSTM", "GRU"]
     assert paths[1].read_text().count("| GRU float32 B2 T40 H6 training |") == 1
