@@ -83,6 +83,7 @@ struct ForwardRun : LayerRun<T, Forward<T>> {
             call.c_n[d],     state(d),    gates_x(d),  project_input(d, p.begin, p.end),
             call.reserve[d]};
       this->launch_persistent(false, persistent_forward_kernel<Cell, T, kCut, kExchange>, p);
+      this->rounds += p.end - p.begin - 1;
     }
   }
 

@@ -111,6 +111,7 @@ struct LayerRun {
   const int64_t gate_rows;  // G*H
   const bool project;
   SequenceShape device_shape;  // the same with tables in the device's memory
+  int64_t rounds = 0;          // of the grid barriers so far
 
   LayerRun(const Call& c, const PlanInput& in, const Plan& p, void* workspace_memory,
            const Multiplier& multiplier, Stream stream)
@@ -183,6 +184,7 @@ struct LayerRun {
     g.group_rows = plan.group_rows;
     g.linear = call.linear_activations;
     g.counters = at<uint32_t>(w.counters);
+    g.rounds = rounds;
     return g;
   }
 

@@ -36,6 +36,7 @@ struct GroupLayout {
   int64_t group_rows = 0;
   bool linear = false;
   uint32_t* counters = nullptr;  // (directions, groups), kCounterBytes apart; not for clusters
+  int64_t rounds = 0;            // of those counters' barriers before this launch
 };
 
 // Where a block of the launch belongs.
@@ -61,7 +62,7 @@ struct BlockPlace {
   }
   RNN_EXT_DEVICE GridBarrier barrier(const GroupLayout& g) const {
     return {g.counters + global_group(g) * (kCounterBytes / int64_t(sizeof(uint32_t))),
-            uint32_t(g.unit_blocks), unit_block == 0};
+            uint32_t(g.unit_blocks), unit_block == 0, g.rounds % 2 ? GridBarrier::kTurn : 0u};
   }
   // Of the group's rows, those that have a step at t.
   RNN_EXT_DEVICE int active(const SequenceShape& shape, int64_t t) const {
@@ -200,13 +201,26 @@ struct PersistentBlock {
   // neighbouring columns of W_hh: those are K forward, M backward.
   template <class Value>
   RNN_EXT_DEVICE void load_weights(Value&& value) const {
-    const int64_t depth = place.blocks * kDepthBlock;
+    constexpr int kAtOnce = 8;  // on their way from memory
+    const int depth = int(place.blocks) * kDepthBlock, count = kRows * depth;
+    constexpr bool kRowsFirst = kBackward || Product::kRowsFirst;
+    const auto row = [&](int i) { return kRowsFirst ? i % kRows : i / depth; };
+    const auto column = [&](int i) { return kRowsFirst ? i / kRows : i % depth; };
     for (int pass = 0; pass < unit_passes; ++pass)
-      for (int64_t i = thread_index(); i < kRows * depth; i += kThreads) {
-        const int row = int(kBackward ? i % kRows : i / depth);
-        const int64_t k = kBackward ? i / kRows : i % depth;
-        weights(pass)[Product::weight_index(place.blocks, row, k)] =
-            Product::operand(value(pass, row, k));
+      for (int first = thread_index(); first < count; first += kAtOnce * kThreads) {
+        T values[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = first + j * kThreads;
+          if (i < count) values[j] = value(pass, row(i), column(i));
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = first + j * kThreads;
+          if (i < count)
+            weights(pass)[Product::weight_index(place.blocks, row(i), column(i))] =
+                Product::operand(values[j]);
+        }
       }
   }
 
@@ -377,30 +391,40 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
     T* const write = block.slot(s + 1);
     if (s > p.begin) block.barrier.wait();
     copy_async_wait<0>();
+    // What nobody waits for is stored when the others have been told: to tell them takes until all
+    // that was stored before is there.
+    T fresh[Block::kPassPairs] = {};
+    C saved[Block::kPassPairs][Cell::kNumSaved + 1] = {};
+    const auto store = [&](int pass) {
+      block.for_pairs_of_pass(pass, active, [&](int, int i, int row) {
+        const int64_t b = place.first_row + row, unit = block.unit(pass);
+        p.y.at(shape, t, b)[place.direction * H + unit] = fresh[i];
+        if (Cell::kNumSaved == 0 || !d.reserve) return;
+        C* const to = d.reserve + (shape.first_row(t) + b) * Cell::kNumSaved * padded(H) + unit;
+#pragma unroll
+        for (int v = 0; v < Cell::kNumSaved; ++v) to[v * padded(H)] = saved[i][v];
+      });
+    };
+    int last = 0;
 #pragma unroll
     for (int pass = 0; pass < kMaxPasses; ++pass) {
       if (!block.has_pass(pass, active)) break;
+      if (pass > 0) store(pass - 1);
+      last = pass;
       block.multiply(read, pass, active);
       const int64_t unit = block.unit(pass);
       const int own = Block::unit_pass(pass);
       block.for_pairs_of_pass(pass, active, [&](int, int i, int row) {
-        C x[kGates], recurrent[kGates], saved[Cell::kNumSaved + 1];
+        C x[kGates], recurrent[kGates];
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
           x[g] = *block.prefetched(g, pass, i) + b_ih[own][g];
           recurrent[g] = block.product(g * kUnits + Block::Pairs::unit(), pass, row) + b_hh[own][g];
         }
-        const T stored =
-            from_compute<T>(Cell::forward(block.math, x, recurrent, h[pass][i], c[pass][i], saved));
-        h[pass][i] = to_compute(stored);
-        const int64_t b = place.first_row + row;
-        p.y.at(shape, t, b)[place.direction * H + unit] = stored;
-        if (s + 1 < shape.steps) block.send(write, row, unit, stored);
-        if (Cell::kNumSaved > 0 && d.reserve) {
-          C* const to = d.reserve + (shape.first_row(t) + b) * Cell::kNumSaved * padded(H) + unit;
-#pragma unroll
-          for (int v = 0; v < Cell::kNumSaved; ++v) to[v * padded(H)] = saved[v];
-        }
+        fresh[i] = from_compute<T>(
+            Cell::forward(block.math, x, recurrent, h[pass][i], c[pass][i], saved[i]));
+        h[pass][i] = to_compute(fresh[i]);
+        if (s + 1 < shape.steps) block.send(write, row, unit, fresh[i]);
       });
     }
     if (s + 1 < p.end) {
@@ -408,6 +432,7 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
       block.barrier.arrive();
       fetch(s + 1);
     }
+    store(last);
   }
 
   block.for_pairs(place.rows, [&](int pass, int i, int row) {
@@ -468,7 +493,8 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
     return s < 0 || s >= steps ? 0 : place.active(shape, step_of(s));
   };
   // What a position needs of its own: saved values by way of shared memory, the rest in registers.
-  typename Block::OfPairs dy = {}, h = {};
+  // These are not widened before they are needed: that would wait for them.
+  T dy[kMaxPasses][Block::kPassPairs] = {}, h[kMaxPasses][Block::kPassPairs] = {};
   const auto fetch = [&](int64_t s) {
     const int64_t t = step_of(s), previous = place.direction == 0 ? t - 1 : t + 1;
     const int before = previous < 0 || previous >= steps ? 0 : place.active(shape, previous);
@@ -481,12 +507,12 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
 #pragma unroll
         for (int v = 0; v < Cell::kNumSaved; ++v) block.fetch(v, pass, i, from + v * padded(H));
       }
-      if (p.dy.data) dy[pass][i] = to_compute(p.dy.at(shape, t, b)[column]);
-      if (Cell::kReadsOutput) h[pass][i] = to_compute(p.y.at(shape, t, b)[column]);
+      if (p.dy.data) dy[pass][i] = p.dy.at(shape, t, b)[column];
+      if (Cell::kReadsOutput) h[pass][i] = p.y.at(shape, t, b)[column];
       if (Cell::kReadsPreviousOutput)
-        h[pass][i] = row < before ? to_compute(p.y.at(shape, previous, b)[column])
-                     : d.h_0      ? to_compute(d.h_0[b * H + unit])
-                                  : C(0);
+        h[pass][i] = row < before ? p.y.at(shape, previous, b)[column]
+                     : d.h_0      ? d.h_0[b * H + unit]
+                                  : from_compute<T>(0);
     });
     copy_async_commit();
   };
@@ -516,9 +542,25 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
     T* const write = block.slot(s);
     if (s > 0) block.barrier.wait();
     copy_async_wait<0>();
+    // Stored when the others have been told, as in forward.
+    T of_x[Block::kPassPairs][kGates] = {}, of_h[Block::kPassPairs][kGates] = {};
+    const auto store = [&](int pass) {
+      block.for_pairs_of_pass(pass, now, [&](int, int i, int row) {
+        const int64_t b = place.first_row + row;
+        const int64_t at = (shape.first_row(t) + b) * (kGates * H) + block.unit(pass);
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          d.dgates_x[at + g * H] = of_x[i][g];
+          if (Cell::kSplitsGradient) d.dgates_h[at + g * H] = of_h[i][g];
+        }
+      });
+    };
+    int last = 0;
 #pragma unroll
     for (int pass = 0; pass < kMaxPasses; ++pass) {
       if (!block.has_pass(pass, rows)) break;
+      if (pass > 0) store(pass - 1);
+      last = pass;
       if (Block::first_row(pass) < earlier) block.multiply(read, pass, earlier);
       const int64_t unit = block.unit(pass);
       block.for_pairs_of_pass(pass, rows, [&](int, int i, int row) {
@@ -533,19 +575,17 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
         C saved[Cell::kNumSaved + 1];
 #pragma unroll
         for (int v = 0; v < Cell::kNumSaved; ++v) saved[v] = *block.prefetched(v, pass, i);
-        UnitBackward<C> u{h[pass][i], h[pass][i], dh + dy[pass][i], dc[pass][i], C(0)};
+        const C y = to_compute(h[pass][i]);
+        UnitBackward<C> u{y, y, dh + to_compute(dy[pass][i]), dc[pass][i], C(0)};
         C dx[kGates], recurrent[kGates];
         Cell::backward(block.math, saved, u, dx, recurrent);
         carry[pass][i] = u.dh_prev;
         dc[pass][i] = u.dc;
-        const int64_t at = (shape.first_row(t) + b) * (kGates * H) + unit;
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
-          const T narrow = from_compute<T>(dx[g]);
-          const T exchanged = Cell::kSplitsGradient ? from_compute<T>(recurrent[g]) : narrow;
-          d.dgates_x[at + g * H] = narrow;
-          if (Cell::kSplitsGradient) d.dgates_h[at + g * H] = exchanged;
-          block.send(write, row, g * gate_depth + unit, exchanged);
+          of_x[i][g] = from_compute<T>(dx[g]);
+          of_h[i][g] = Cell::kSplitsGradient ? from_compute<T>(recurrent[g]) : of_x[i][g];
+          block.send(write, row, g * gate_depth + unit, of_h[i][g]);
         }
       });
     }
@@ -553,6 +593,7 @@ RNN_EXT_KERNEL RNN_EXT_LAUNCH_BOUNDS(kThreads, kBlocksByRegisters) void persiste
       if constexpr (Block::kCluster) block.share(write, now);
       block.barrier.arrive();
       if (s + 1 < steps) fetch(s + 1);
+      store(last);
     }
   }
 }

@@ -21,7 +21,7 @@
 //   store_to_block<T, N>(p, rank, v)        store_vector to where p is in that block of the cluster
 //   kHasClusters                            whether this compilation has them
 //
-//   load_acquire(p) fetch_add_release(p, v) uint32_t in global memory, device scope
+//   load_acquire(p) add_release(p, v)       uint32_t in global memory, device scope
 //
 //   load_vector<T, N>(p) store_vector(p, v) one access of N * sizeof(T) = 4, 8 or 16 bytes, aligned
 //   load_vector_l2<T, N>(p)                 past L1: for what other blocks have just written
@@ -92,7 +92,7 @@ struct ThreadMath {
   RNN_EXT_DEVICE V sigmoid(V x) const {
     if (linear) return x * V(0.25) + V(0.5);
     const V e = exponential(x < V(0) ? x : -x);
-    return (x < V(0) ? e : V(1)) / (V(1) + e);
+    return quotient(x < V(0) ? e : V(1), V(1) + e);
   }
   RNN_EXT_DEVICE V tanh(V x) const { return linear ? x : hyperbolic_tangent(x); }
   // Not rounded apart: here the compiler may still fuse it with the sum.
@@ -109,26 +109,30 @@ struct ThreadMath {
 //
 // Every member adds 1 except the first, which adds what makes the sum of one round 2^31: a round
 // ends when the top bit turns over, and the low bits are 0 again. So the counter needs to be zero
-// before its first use only: not between rounds, launches or replays of a graph.
+// before its first use only: not between rounds, launches or replays of a graph. Nobody waits for
+// the sum that it has made: `turned` is the top bit of the round before, which each knows.
 //
 // arrive() makes everything that the block has written visible to whoever returns from the wait()
-// of the same round: the block's barrier orders it before thread 0's release.
+// of the same round: the block's barrier orders it before the signalling thread's release. That
+// thread is one of the last warp, which has fewer pairs to finish than the others, or none.
 struct GridBarrier {
   static constexpr uint32_t kTurn = 0x80000000u;
 
   uint32_t* counter;
   uint32_t members;
-  bool first;         // exactly one member's
-  uint32_t seen = 0;  // thread 0's
+  bool first;       // exactly one member's
+  uint32_t turned;  // kTurn after an odd number of rounds, else 0
 
+  static RNN_EXT_DEVICE bool signals() { return thread_index() == block_size() - 1; }
   RNN_EXT_DEVICE void arrive() {
     block_barrier();
-    if (thread_index() == 0) seen = fetch_add_release(counter, first ? kTurn - (members - 1) : 1u);
+    if (signals()) add_release(counter, first ? kTurn - (members - 1) : 1u);
   }
   RNN_EXT_DEVICE void wait() {
-    if (thread_index() == 0)
-      while (((load_acquire(counter) ^ seen) & kTurn) == 0) {
+    if (signals())
+      while (((load_acquire(counter) ^ turned) & kTurn) == 0) {
       }
+    turned ^= kTurn;
     block_barrier();
   }
 };

@@ -122,9 +122,7 @@ RNN_EXT_DEVICE void cluster_arrive() { host::cluster_arrive(true); }
 RNN_EXT_DEVICE void cluster_wait() { host::cluster_wait(); }
 
 RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) { return host::atomic_load(p, true); }
-RNN_EXT_DEVICE uint32_t fetch_add_release(uint32_t* p, uint32_t v) {
-  return host::atomic_add(p, v, true);
-}
+RNN_EXT_DEVICE void add_release(uint32_t* p, uint32_t v) { host::atomic_add(p, v, true); }
 template <class T, int N>
 RNN_EXT_DEVICE Vector<T, N> load_vector(const T* p) {
   host::wide_access(p, sizeof(Vector<T, N>));
@@ -184,6 +182,10 @@ RNN_EXT_DEVICE uint32_t to_tf32(float v) {
   return v - v == 0 ? (bits + 0x1000) & ~0x1fffu : bits & ~0x1fffu;
 }
 
+template <class V>
+RNN_EXT_DEVICE V quotient(V a, V b) {
+  return a / b;
+}
 RNN_EXT_DEVICE float exponential(float x) { return std::exp(x); }
 RNN_EXT_DEVICE double exponential(double x) { return std::exp(x); }
 RNN_EXT_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }

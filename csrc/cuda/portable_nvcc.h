@@ -124,13 +124,9 @@ RNN_EXT_DEVICE uint32_t load_acquire(const uint32_t* p) {
                : "memory");
   return v;
 }
-RNN_EXT_DEVICE uint32_t fetch_add_release(uint32_t* p, uint32_t v) {
-  uint32_t old;
-  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(__cvta_generic_to_global(p)), "r"(v)
+RNN_EXT_DEVICE void add_release(uint32_t* p, uint32_t v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(v)
                : "memory");
-  return old;
 }
 // --- Wide and asynchronous access ----------------------------------------------------------------
 
@@ -260,6 +256,16 @@ RNN_EXT_DEVICE uint32_t to_tf32(float v) {
 #endif
 }
 
+// a / b of moderate size, b normal: a reciprocal estimate, improved once, and the quotient
+// corrected by its remainder. `/` would branch for what does not occur.
+RNN_EXT_DEVICE float quotient(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  r = fmaf(r, fmaf(-b, r, 1.0f), r);
+  const float q = a * r;
+  return fmaf(fmaf(-b, q, a), r, q);
+}
+RNN_EXT_DEVICE double quotient(double a, double b) { return a / b; }
 RNN_EXT_DEVICE float exponential(float x) { return ::expf(x); }
 RNN_EXT_DEVICE double exponential(double x) { return ::exp(x); }
 RNN_EXT_DEVICE float hyperbolic_tangent(float x) { return ::tanhf(x); }

@@ -31,12 +31,10 @@ struct TensorCoreProduct {
   static_assert(kWarps % kSlots == 0);
   static constexpr int kShares = kWarps / kSlots;  // the tiles are shared among so many warps
   static constexpr int kWarpTiles = (kTiles + kShares - 1) / kShares;
-  static constexpr int kColumnTiles = kPassRows / kRowTile;
   static constexpr int kValues = kVectorLength<T>;
   static constexpr int kDepth = 4 * kValues;  // of a fragment
-  static constexpr int kUnrolled =
-      sizeof(T) == 4 ? 1 : 2;  // fragments: float has no registers for 2
   static_assert(kDepthBlock % kDepth == 0);
+  static constexpr bool kRowsFirst = false;  // how weights are best stored in turn
 
   static RNN_EXT_DEVICE T operand(T value) {
     if constexpr (sizeof(T) == 4) return float_of_bits(to_tf32(value));
@@ -67,37 +65,65 @@ struct TensorCoreProduct {
   template <Exchange kExchange>
   static RNN_EXT_DEVICE void run(const T* weights, const T* exchange, int64_t blocks,
                                  int64_t first_row, int rows, float* partial, int stride) {
+    static_assert(kPassRows == 4 * kRowTile);
+    const int tiles = (rows + kRowTile - 1) / kRowTile;
+    if (tiles <= 1)
+      run_tiles<kExchange, 1>(weights, exchange, blocks, first_row, tiles, partial, stride);
+    else if (tiles == 2)
+      run_tiles<kExchange, 2>(weights, exchange, blocks, first_row, tiles, partial, stride);
+    else
+      run_tiles<kExchange, 4>(weights, exchange, blocks, first_row, tiles, partial, stride);
+  }
+
+ private:
+  // Where the exchange is far away, in L2, a warp asks for that many loads of it at a time.
+  static constexpr int kFetched = 8;
+
+  template <Exchange kExchange, int kColumnTiles>
+  static RNN_EXT_DEVICE void run_tiles(const T* weights, const T* exchange, int64_t blocks,
+                                       int64_t first_row, int tiles, float* partial, int stride) {
+    constexpr int kAtOnce = kExchange == Exchange::kMemory ? kFetched / kColumnTiles : 1;
+    constexpr int kFull = kColumnTiles == 4 ? 2 : kColumnTiles;  // tiles that are there for sure
     const int lane = lane_index(), slot = warp_index() % kSlots;
     const int first_tile = warp_index() / kSlots * kWarpTiles;
-    const int tiles = (rows + kRowTile - 1) / kRowTile;
     float acc[kWarpTiles][kColumnTiles][4] = {};
     constexpr int kFragment = kWarp * kValues;  // elements
-    const int64_t count = fragments(blocks);
+    const int count = int(fragments(blocks));
     const T* const from = exchange + first_row / kRowTile * count * kFragment + lane * kValues;
-#pragma unroll kUnrolled
-    for (int64_t f = slot; f < count; f += kSlots) {
-      uint32_t b[kColumnTiles][4];
+#pragma unroll 1
+    for (int first = slot; first < count; first += kAtOnce * kSlots) {
+      uint32_t b[kAtOnce][kColumnTiles][4];
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
-        if (n < tiles)
-          registers(load_exchanged<kExchange, T, kValues>(from + (n * count + f) * kFragment),
-                    b[n]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int f = first + i * kSlots;
+        if (f >= count) break;
 #pragma unroll
-      for (int m = 0; m < kWarpTiles; ++m) {
-        if (!has_tile(first_tile + m)) continue;
-        const T* const w =
-            weights + ((first_tile + m) * count + f) * 2 * kFragment + lane * kValues;
-        uint32_t upper[4], lower[4];
-        registers(load_vector<T, kValues>(w), upper);
-        registers(load_vector<T, kValues>(w + kFragment), lower);
+        for (int n = 0; n < kColumnTiles; ++n)
+          if (n < kFull || n < tiles)
+            registers(load_exchanged<kExchange, T, kValues>(from + (n * count + f) * kFragment),
+                      b[i][n]);
+      }
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          if (n >= tiles) continue;
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int f = first + i * kSlots;
+        if (f >= count) break;
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
-            multiply_add(acc[m][n],
-                         {upper[2 * j], lower[2 * j], upper[2 * j + 1], lower[2 * j + 1]},
-                         {b[n][2 * j], b[n][2 * j + 1]});
+        for (int m = 0; m < kWarpTiles; ++m) {
+          if (!has_tile(first_tile + m)) continue;
+          const T* const w =
+              weights + ((first_tile + m) * count + f) * 2 * kFragment + lane * kValues;
+          uint32_t upper[4], lower[4];
+          registers(load_vector<T, kValues>(w), upper);
+          registers(load_vector<T, kValues>(w + kFragment), lower);
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; ++n) {
+            if (n >= kFull && n >= tiles) continue;
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              multiply_add(acc[m][n],
+                           {upper[2 * j], lower[2 * j], upper[2 * j + 1], lower[2 * j + 1]},
+                           {b[i][n][2 * j], b[i][n][2 * j + 1]});
+          }
         }
       }
     }
@@ -107,7 +133,7 @@ struct TensorCoreProduct {
     for (int m = 0; m < kWarpTiles; ++m)
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
-        if (n >= tiles || !has_tile(first_tile + m)) continue;
+        if ((n >= kFull && n >= tiles) || !has_tile(first_tile + m)) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float* const at = to + (m * 16 + half * 8) * stride + n * kRowTile;
@@ -117,7 +143,6 @@ struct TensorCoreProduct {
       }
   }
 
- private:
   // The last warps may have one tile less; all lanes of a warp agree.
   static RNN_EXT_DEVICE bool has_tile(int tile) { return kTiles % kShares == 0 || tile < kTiles; }
   static RNN_EXT_DEVICE void multiply_add(float (&acc)[4], const uint32_t (&a)[4],
@@ -137,18 +162,27 @@ struct TensorCoreProduct {
   }
 };
 
-// With plain multiply-adds: a warp has one tile of rows, its lanes split K and add up through
-// shuffles. Both operands are stored row by row.
+// With plain multiply-adds. Of the products of a warp, a lane makes those of 4 rows and some
+// columns, which takes few loads for many multiply-adds; what lanes are left over splits K further,
+// and they add up through shuffles. The exchange is stored row by row. Weights are stored with the
+// rows of one k side by side, and K permuted so that 8 lanes read 128 bytes one after the other.
 template <class T, int kTileRows, int kTiles, int kSlots>
 struct LaneProduct {
-  static_assert(kSlots * kTiles == kWarps);
-  // Batch rows at a time: as many sums as registers allow.
-  static constexpr int kColumns = (sizeof(T) == 8 ? 32 : 64) / kTileRows;
-  static constexpr int kSums = kTileRows * kColumns;
+  static_assert(kSlots == kWarps);
+  static constexpr int kRows = kTileRows * kTiles, kLaneRows = 4, kColumnGroups = 2;
+  static constexpr int kRowGroups = kRows / kLaneRows;
+  static constexpr int kDepthGroups = kWarp / (kRowGroups * kColumnGroups);
+  static_assert(kRowGroups * kColumnGroups * kDepthGroups == kWarp);
+  static constexpr int kValues = kVectorLength<T>;       // of K, in one load
+  static constexpr int kDepth = kDepthGroups * kValues;  // of K, of a warp at a time
+  static_assert(kDepthBlock % kDepth == 0);
+  static constexpr bool kRowsFirst = true;
 
   static RNN_EXT_DEVICE T operand(T value) { return value; }
-  static RNN_EXT_DEVICE int64_t weight_index(int64_t blocks, int row, int64_t k) {
-    return row * blocks * kDepthBlock + k;
+  static RNN_EXT_DEVICE int64_t weight_index(int64_t, int row, int64_t k) {
+    const int64_t place =
+        (k / kDepth * kValues + k % kValues) * kDepthGroups + k % kDepth / kValues;
+    return place * kRows + row;
   }
   static RNN_EXT_DEVICE int64_t exchange_index(int64_t blocks, int64_t row, int64_t k) {
     return row * blocks * kDepthBlock + k;
@@ -163,42 +197,84 @@ struct LaneProduct {
   template <Exchange kExchange>
   static RNN_EXT_DEVICE void run(const T* weights, const T* exchange, int64_t blocks,
                                  int64_t first_row, int rows, T* partial, int stride) {
-    const int lane = lane_index(), tile = warp_index() % kTiles, slot = warp_index() / kTiles;
-    const int64_t depth = blocks * kDepthBlock;
-    const T* const w = weights + tile * kTileRows * depth;
-    T* const to = partial + (slot * kTiles + tile) * kTileRows * stride;
+    constexpr int kMany = sizeof(T) == 8 ? kRowTile : 2 * kRowTile;  // for want of registers
+    if (rows <= kRowTile)
+      run_columns<kExchange, kRowTile>(weights, exchange, blocks, first_row, rows, partial, stride);
+    else
+      run_columns<kExchange, kMany>(weights, exchange, blocks, first_row, rows, partial, stride);
+  }
+
+ private:
+  template <Exchange kExchange, int kColumns>
+  static RNN_EXT_DEVICE void run_columns(const T* weights, const T* exchange, int64_t blocks,
+                                         int64_t first_row, int rows, T* partial, int stride) {
+    constexpr int kLaneColumns = kColumns / kColumnGroups, kSums = kLaneRows * kLaneColumns;
+    // Pieces of K that are asked for at a time: the exchange is far away, in L2.
+    constexpr int kAtOnce = kExchange == Exchange::kCluster ? 1 : 16 / kLaneColumns;
+    const int lane = lane_index(), slot = warp_index();
+    const int row_group = lane % kRowGroups, depth_group = lane / kRowGroups % kDepthGroups;
+    const int column_group = lane / (kRowGroups * kDepthGroups);
+    const int depth = int(blocks) * kDepthBlock, pieces = depth / kDepth;
+    const T* const w = weights + depth_group * kRows + row_group * kLaneRows;
+    const T* const from =
+        exchange + (first_row + column_group * kLaneColumns) * depth + depth_group * kValues;
+#pragma unroll 1
     for (int first = 0; first < rows; first += kColumns) {
-      const T* const from = exchange + (first_row + first) * depth;
-      T sums[kSums] = {};
-      for (int64_t k = slot * kWarp + lane; k < depth; k += kSlots * kWarp) {
-        T h[kColumns];
+      T sums[kSums] = {};  // (columns, rows)
+#pragma unroll 1
+      for (int piece = slot; piece < pieces; piece += kAtOnce * kSlots) {
+        Vector<T, kValues> h[kAtOnce][kLaneColumns];
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n)
-          h[n] = load_exchanged<kExchange, T, 1>(from + n * depth + k).v[0];
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (piece + i * kSlots >= pieces) break;
 #pragma unroll
-        for (int m = 0; m < kTileRows; ++m) {
-          const T weight = w[m * depth + k];
+          for (int n = 0; n < kLaneColumns; ++n)
+            if (first + column_group * kLaneColumns + n < rows)
+              h[i][n] = load_exchanged<kExchange, T, kValues>(from + (first + n) * depth +
+                                                              (piece + i * kSlots) * kDepth);
+        }
 #pragma unroll
-          for (int n = 0; n < kColumns; ++n) sums[m * kColumns + n] += weight * h[n];
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (piece + i * kSlots >= pieces) break;
+          const T* const of_piece = w + (piece + i * kSlots) * (kDepth * kRows);
+#pragma unroll
+          for (int k = 0; k < kValues; ++k) {
+            Vector<T, kValues> weight[kLaneRows / kValues];
+#pragma unroll
+            for (int m = 0; m < kLaneRows / kValues; ++m)
+              weight[m] =
+                  load_vector<T, kValues>(of_piece + k * kDepthGroups * kRows + m * kValues);
+#pragma unroll
+            for (int n = 0; n < kLaneColumns; ++n)
+#pragma unroll
+              for (int m = 0; m < kLaneRows; ++m)
+                sums[n * kLaneRows + m] += weight[m / kValues].v[m % kValues] * h[i][n].v[k];
+          }
         }
       }
-      // Each time one half of the lanes keeps one half of the sums, until lane l has those from
-      // l * kSums / 32.
+      // Each time one half of the lanes that share the sums keeps one half of them.
+      int kept = kSums, own = 0;  // the lane's are `kept` from `own` on
 #pragma unroll
-      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        const bool upper = lane & mask;
-        const int half = kSums / kWarp * mask;
+      for (int mask = kDepthGroups / 2; mask > 0; mask /= 2) {
+        const bool upper = depth_group & mask;
+        const int half = kSums / kDepthGroups * mask;
 #pragma unroll
         for (int i = 0; i < kSums / 2; ++i) {
           if (i >= half) continue;
-          const T kept = upper ? sums[i + half] : sums[i];
-          sums[i] = kept + shuffle_xor(upper ? sums[i] : sums[i + half], mask);
+          const T stays = upper ? sums[i + half] : sums[i];
+          sums[i] = stays + shuffle_xor(upper ? sums[i] : sums[i + half], mask * kRowGroups);
         }
+        if (upper) own += half;
+        kept = half;
       }
+      T* const to = partial + (slot * kRows + row_group * kLaneRows) * stride + first +
+                    column_group * kLaneColumns;
 #pragma unroll
-      for (int i = 0; i < kSums / kWarp; ++i) {
-        const int sum = lane * (kSums / kWarp) + i;
-        to[sum / kColumns * stride + first + sum % kColumns] = sums[i];
+      for (int i = 0; i < kSums; ++i) {
+        if (i >= kept) continue;
+        const int row = (own + i) % kLaneRows, column = (own + i) / kLaneRows;
+        if (first + column_group * kLaneColumns + column < rows)
+          to[row * stride + column] = sums[i];
       }
     }
   }

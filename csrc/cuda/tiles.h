@@ -27,7 +27,7 @@ inline constexpr int kWarp = 32;
 inline constexpr int kWarps = 8;  // of a block
 inline constexpr int kThreads = kWarps * kWarp;
 inline constexpr int kPassRows = 32;  // batch rows whose products are in shared memory at once
-inline constexpr int kMaxPasses = 4;
+inline constexpr int kMaxPasses = 2;
 inline constexpr int kMaxGroupRows = kPassRows * kMaxPasses;
 inline constexpr int kDepthBlock = 32;  // K is padded to this: 8 elements of 16 bits for 4 lanes
 inline constexpr int kRowTile = 8;      // batch rows of one mma, and of one block of the exchange
@@ -88,10 +88,10 @@ RNN_EXT_SHARED_INLINE constexpr Tiling tiling(int gates, bool backward, Cut cut)
   const int units = units_of_block(gates, backward, cut), rows = tile_rows(backward, cut);
   const int needed = backward ? units : gates * units;
   const int tiles = (needed + rows - 1) / rows;
-  // On tensor cores a warp makes all tiles from each operand it loads; of a wide block half of
-  // them, for half the partial sums (an LSTM's would have no room beside the weights of 1024 units)
-  // and half the accumulators. Without tensor cores a warp has one tile.
-  const int slots = cut == Cut::kLanes ? kWarps / tiles : cut == Cut::kWide ? kWarps / 2 : kWarps;
+  // A warp makes all tiles from each operand it loads; of a wide block half of them, for half the
+  // partial sums (an LSTM's would have no room beside the weights of 1024 units) and half the
+  // accumulators.
+  const int slots = cut == Cut::kWide ? kWarps / 2 : kWarps;
   return {units, rows, tiles, slots};
 }
 

@@ -35,7 +35,7 @@ DELETED = re.compile(
 )
 WEAKENED = {
     # What is between the parentheses of a relaxed access, which kernels have no name for.
-    r"fetch_add_release\((counter[^;]*)\);": r"host::atomic_add(\1, false);",
+    r"add_release\((counter[^;]*)\);": r"host::atomic_add(\1, false);",
     r"load_acquire\(counter\)": "host::atomic_load(counter, false)",
     r"cluster_arrive\(\);": "host::cluster_arrive(false);",
     # Looks once instead of waiting.

@@ -226,7 +226,7 @@ RNN_EXT_DEVICE void meet_blocks(uint32_t* counter, uint32_t round) {
     if (kBug == kRelaxedArrival)
       fetch_add_relaxed(counter, 1);
     else
-      fetch_add_release(counter, 1);
+      add_release(counter, 1);
     const uint32_t all = round * uint32_t(grid_size());
     while ((kBug == kRelaxedPoll ? load_relaxed(counter) : load_acquire(counter)) < all) {
     }
@@ -257,9 +257,10 @@ bool run_rounds() {
   return sums.data()[7] == 40;  // 1 + 3 (1 + 3 (1 + 3))
 }
 
-RNN_EXT_KERNEL void grid_barrier_kernel(float* sums, uint32_t* counter, int rounds) {
+RNN_EXT_KERNEL void grid_barrier_kernel(float* sums, uint32_t* counter, int before, int rounds) {
   const int blocks = grid_size(), threads = block_size(), t = thread_index();
-  GridBarrier barrier{counter, uint32_t(blocks), block_index() == 0};
+  GridBarrier barrier{counter, uint32_t(blocks), block_index() == 0,
+                      before % 2 ? GridBarrier::kTurn : 0u};
   for (int round = 1; round <= rounds; ++round) {
     float* now = sums + (round % 2) * blocks * threads;
     const float* before = sums + (1 - round % 2) * blocks * threads;
@@ -276,7 +277,7 @@ bool run_grid_barrier() {
   for (int replay = 0; replay < 3; ++replay) {  // an odd number of rounds, the counter as it is
     Buffer<float> sums(std::vector<float>(2 * kBlocks * kThreads), "sums");
     launch({.blocks = kBlocks, .threads = kThreads, .cooperative = true}, grid_barrier_kernel,
-           sums.data(), counter.data(), 3);
+           sums.data(), counter.data(), 3 * replay, 3);
     if (sums.data()[kBlocks * kThreads + 7] != 13) return false;
   }
   return true;
@@ -309,7 +310,7 @@ bool run_message(bool cooperative = true) {
 // Blocks of a launch that is not cooperative wait for blocks that need not be resident.
 RNN_EXT_KERNEL void not_resident_kernel(uint32_t* counter) {
   if (thread_index() == 0) {
-    fetch_add_release(counter, 1);
+    add_release(counter, 1);
     while (load_acquire(counter) < uint32_t(grid_size())) {  // <- not resident
     }
   }

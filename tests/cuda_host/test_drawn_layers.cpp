@@ -46,7 +46,7 @@ Drawn draw(CellKind cell, Method method, Math math, bool narrow, int index, std:
   if (s.D == 2 && one_in(3)) way.device.sms = 1 + int((s.H + 7) / 8);
   if (index % 4 == 1) {  // one block for all rows: more than one pass over them
     s.T = 1 + below(3);
-    s.B = 33 + below(40);
+    s.B = 33 + below(int(cuda::kMaxGroupRows) - 32);
     s.H = 1 + below(8);
     way.device.sms = 1;
   }

@@ -83,7 +83,7 @@ TEST(cluster) {
   way.cluster = 8;
   check_all({.T = 2, .B = 3, .I = 4, .H = 33}, way);
   way.cluster = 4;
-  check_all({.I = 3, .H = 70, .batch_sizes = {34, 33, 3}}, way);
+  check_all({.I = 3, .H = 60, .batch_sizes = {34, 33, 3}}, way);
   way.cluster = 2;
   way.batch_first = true;
   way.gap = 3;
