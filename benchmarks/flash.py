@@ -1,7 +1,7 @@
 """flashrnn (PyPI) as a peer on a GPU: nn.LSTM, GRU and RNN written for its one function.
 
 It compiles its kernels on the user's machine for each shape, multiplies no input, starts from
-zeros and takes one head of H units here. Never run where this is written: there is no GPU.
+zeros and takes one head of H units here. Never run by this project.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def run_info(arguments: argparse.Namespace) -> int:
         "threads": f"{cpu['num_threads']} (torch.set_num_threads)",
         "OpenMP": "yes" if build["openmp"] else "no",
         "CUDA kernels": f"built with CUDA {build['cuda']} for {build['cuda_architectures']}; "
-        "never run on a GPU by this project"
+        "run by this project on an H100 only"
         if build["cuda"]
         else "not built",
         "location": rnn_ext.__path__[0],

@@ -154,7 +154,7 @@ def test_bench_explains_a_device_that_is_not_there(capsys, monkeypatch, device, 
 
 @pytest.mark.parametrize(("device", "method"), [("h100", "cluster"), ("a100", "persistent")])
 def test_explains_which_devices_have_clusters(capsys, device, method):
-    shape = ["--steps", "200", "--batch", "64", "--hidden", "128", "--dtype", "bfloat16"]
+    shape = ["--steps", "200", "--batch", "64", "--hidden", "32", "--dtype", "bfloat16"]
     assert _cli.main(["bench", "--explain", "--device-model", device, *shape]) == 0
     out = capsys.readouterr().out
     assert f"layer 0 forward: {method}, " in out

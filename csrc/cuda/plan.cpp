@@ -1,5 +1,5 @@
-// The cost model. Its constants are orders of magnitude from data sheets and published
-// measurements, not fitted on a device by this project: predictions rank the ways, no more.
+// The cost model: it ranks the ways. Its constants fit the times of one H100; for other devices
+// nothing was measured but what their data sheets say.
 #include "plan.h"
 
 #include <algorithm>
@@ -29,7 +29,7 @@ constexpr Device kDevices[] = {
      2, 256},
     {"rtx4090", 89, 128, 99 * kKiB, 100 * kKiB, 65536, 1536, 72 * kMiB, 4.0e12, 2.52e9, 1.01e12,
      128, 2, 256},
-    {"h100", 90, 132, 227 * kKiB, 228 * kKiB, 65536, 2048, 50 * kMiB, 5.6e12, 1.83e9, 3.35e12, 128,
+    {"h100", 90, 132, 227 * kKiB, 228 * kKiB, 65536, 2048, 50 * kMiB, 5.6e12, 1.98e9, 3.35e12, 128,
      64, 2048, true, kMaxCluster},
     {"b200", 100, 148, 227 * kKiB, 228 * kKiB, 65536, 2048, 126 * kMiB, 8.0e12, 1.85e9, 8.0e12, 128,
      64, 4096, true, kMaxCluster},
@@ -37,23 +37,25 @@ constexpr Device kDevices[] = {
      128, 2, 256, true, kMaxCluster},
 };
 
-constexpr double kL2Cycles = 270;    // from a load to its value
-constexpr double kBarrierTrips = 4;  // to L2: the last store, the release, the poll that sees it
+// Fitted to an H100 (docs/cuda.md): clocks inside the kernels for the parts, whole calls for sums.
+constexpr double kL2Cycles = 600;        // from a load to its value, in a product's first fragment
+constexpr double kBarrierTrips = 3.3;    // to L2: what was stored arrives, the release, the poll
 constexpr double kCyclesPerArrival = 2;  // additions to one counter are done one by one
 constexpr double kL2BytesPerClock = 64;  // into one SM
 constexpr double kSharedBytesPerClock = 128;
-// Between blocks of a cluster: from a store to its arrival, and bytes out of one SM. Of the order
-// of what arXiv 2402.13499 measures between multiprocessors of an H800.
-constexpr double kClusterCycles = 200;
-constexpr double kClusterTrips = 2;  // the last store, the barrier's own signal
+constexpr double kClusterCycles = 1000;  // between blocks of a cluster: arrival, wait, ...
+constexpr double kClusterTrips = 3;      // ... and the copies that go before
 constexpr double kClusterBytesPerClock = 11;
-constexpr double kPassCycles = 300;  // partial sums through shared memory, activations, stores
-constexpr double kPairCycles = 60;   // for every further unit and row of a thread
+constexpr double kClustersResident = 0.9;  // of what the multiprocessors would hold
+constexpr double kPassCycles = 200;        // partial sums through shared memory ...
+constexpr double kPairCycles = 700;        // ... and a unit and row of a thread: all wait for one
 constexpr double kLaunchSeconds = 2.5e-6;  // between kernels of a stream
-constexpr double kCooperativeSeconds = 8e-6;
-constexpr double kProductShare = 0.6;      // of the peak that a large product reaches
-constexpr double kMmaShare = 0.5;          // of the peak that mma.sync reaches on its own
-constexpr int64_t kReservedShared = kKiB;  // of a block, by the driver
+constexpr double kCooperativeSeconds = 20e-6;
+constexpr double kProductShare = 0.6;       // of the peak that a large product reaches
+constexpr double kStepProductShare = 0.33;  // and one of few rows
+constexpr double kMmaShare = 0.5;           // of the peak that mma.sync reaches on its own
+constexpr double kLaneShare = 0.4;          // of the peak of plain multiply-adds
+constexpr int64_t kReservedShared = kKiB;   // of a block, by the driver
 constexpr int64_t kMaxProjectionBytes = 256 * kMiB;
 
 struct Sizes {
@@ -124,9 +126,9 @@ double floor_seconds(const PlanInput& in) {
   const double traffic = (weights + double(s.N * s.I * s.e) + streamed_bytes(in) * double(s.T)) /
                          in.device.memory_rate;
   // A step follows the other: where W_hh needs more than one SM, what one has stored the others
-  // load.
+  // load. A store is half a trip.
   const bool alone = s.gates * s.H * s.R * s.e <= in.device.shared_per_block;
-  const double chain = alone ? 0 : 2 * kL2Cycles / in.device.clock * double(s.T);
+  const double chain = alone ? 0 : 1.5 * kL2Cycles / in.device.clock * double(s.T);
   return std::max({arithmetic, traffic, chain});
 }
 
@@ -146,7 +148,10 @@ Costs persistent_costs(const PlanInput& in, const Plan& plan) {
   const double depth_bytes = double(depth(s.gates, in.backward, s.H) * s.e);
   // How often all steps are done, one after the other: for each direction, or because no more
   // clusters are resident.
-  const int64_t resident = int64_t(device.sms / plan.unit_blocks) * plan.blocks_per_sm;
+  // A cluster's multiprocessors are neighbours on the chip: the last ones may find no room.
+  const double neighbours = plan.unit_blocks > 1 ? kClustersResident : 1;
+  const int64_t resident = std::max<int64_t>(
+      1, int64_t(device.sms * neighbours / plan.unit_blocks) * plan.blocks_per_sm);
   const double launches = clusters ? double(blocks_of(plan.groups * s.D, resident))
                                    : double(s.D / plan.directions_at_once);
   const double sharing =
@@ -177,17 +182,18 @@ Costs persistent_costs(const PlanInput& in, const Plan& plan) {
     costs.barrier =
         steps * (kBarrierTrips * kL2Cycles + kCyclesPerArrival * plan.unit_blocks) / device.clock;
   }
-  // Weights are read from shared memory once for each pass, without tensor cores for every few
+  // Weights are read from shared memory once for each pass, without tensor cores for some of its
   // rows.
   const double weight_reads =
-      lanes ? unit_passes * rows / (in.dtype == DType::kFloat64 ? 2 : 4) : passes;
+      lanes ? double(blocks_of(plan.group_rows, lane_columns(s.e))) * unit_passes : passes;
   const double fma = unit_passes * double(t.rows()) * depth_bytes / double(s.e) * rows;
   const double per_clock = in.dtype == DType::kFloat64 ? device.fma_f64 : device.fma_f32;
-  const double rate = lanes ? per_clock * device.clock : peak(in) / double(device.sms) * kMmaShare;
+  const double rate =
+      lanes ? per_clock * device.clock * kLaneShare : peak(in) / double(device.sms) * kMmaShare;
   shared_reads += double(t.rows()) * depth_bytes * weight_reads;
   costs.multiply =
       steps * sharing * std::max(shared_reads / (kSharedBytesPerClock * device.clock), fma / rate);
-  const double pairs = rows * t.units * unit_passes / kThreads;
+  const double pairs = std::max(passes, rows * t.units * unit_passes / kThreads);
   costs.cell = steps * ((passes * kPassCycles + pairs * kPairCycles * sharing) / device.clock +
                         streamed_bytes(in) / launches / device.memory_rate);
   return costs;
@@ -205,7 +211,7 @@ Costs stepwise_costs(const PlanInput& in) {
   costs.start = 2 * kLaunchSeconds + double(s.D) * weights / device.memory_rate;  // the first time
   costs.multiply = steps * std::max(weights / (cached ? device.l2_rate : device.memory_rate),
                                     double(s.N) / double(s.T) * weights / double(s.e) /
-                                        (peak(in) * kProductShare));
+                                        (peak(in) * kStepProductShare));
   costs.barrier = steps * kernels * kLaunchSeconds;
   costs.cell = double(s.T) * streamed_bytes(in) / device.memory_rate;
   return costs;

@@ -15,6 +15,7 @@
 //   lane_index() warp_index()
 //
 //   block_barrier()                         all threads of the block, from the same line
+//   warp_barrier()                          all 32 lanes
 //   shuffle_xor(v, mask)                    all 32 lanes; 4- or 8-byte v; orders no memory
 //
 //   cluster_arrive() cluster_wait()         all threads of the cluster: releases, acquires

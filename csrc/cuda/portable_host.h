@@ -48,6 +48,7 @@ void* static_shared(const void* tag, size_t bytes, size_t alignment);
 void* dynamic_shared(size_t byte_offset);
 
 void block_barrier();
+void warp_barrier();
 enum class Shuffle { kIndex, kXor, kDown };
 uint64_t shuffle(Shuffle kind, uint64_t bits, int argument);
 
@@ -102,6 +103,7 @@ RNN_EXT_DEVICE T* dynamic_shared(size_t byte_offset = 0) {
 }
 
 RNN_EXT_DEVICE void block_barrier() { host::block_barrier(); }
+RNN_EXT_DEVICE void warp_barrier() { host::warp_barrier(); }
 
 template <class T>
 RNN_EXT_DEVICE T shuffle_as(host::Shuffle kind, T v, int argument) {

@@ -88,6 +88,7 @@ RNN_EXT_DEVICE T* dynamic_shared(size_t byte_offset = 0) {
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 RNN_EXT_DEVICE void block_barrier() { __syncthreads(); }
+RNN_EXT_DEVICE void warp_barrier() { __syncwarp(); }
 template <class T>
 RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(kAllLanes, v, mask);

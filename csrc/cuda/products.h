@@ -164,8 +164,10 @@ struct TensorCoreProduct {
 
 // With plain multiply-adds. Of the products of a warp, a lane makes those of 4 rows and some
 // columns, which takes few loads for many multiply-adds; what lanes are left over splits K further,
-// and they add up through shuffles. The exchange is stored row by row. Weights are stored with the
-// rows of one k side by side, and K permuted so that 8 lanes read 128 bytes one after the other.
+// and they add up through shuffles. Lanes that share a value would each ask L2 for it: a warp
+// brings what it reads of the exchange, which is stored row by row, to a place of its own in shared
+// memory first, every byte once. Weights are stored with the rows of one k side by side, and K
+// permuted so that 8 lanes read 128 bytes one after the other.
 template <class T, int kTileRows, int kTiles, int kSlots>
 struct LaneProduct {
   static_assert(kSlots == kWarps);
@@ -173,9 +175,11 @@ struct LaneProduct {
   static constexpr int kRowGroups = kRows / kLaneRows;
   static constexpr int kDepthGroups = kWarp / (kRowGroups * kColumnGroups);
   static_assert(kRowGroups * kColumnGroups * kDepthGroups == kWarp);
-  static constexpr int kValues = kVectorLength<T>;       // of K, in one load
-  static constexpr int kDepth = kDepthGroups * kValues;  // of K, of a warp at a time
-  static_assert(kDepthBlock % kDepth == 0);
+  static constexpr int kValues = kVectorLength<T>;             // of K, in one load
+  static constexpr int kDepth = kDepthGroups * kValues;        // of K, multiplied at a time
+  static constexpr int kChunk = lane_chunk(kRows, sizeof(T));  // of K, brought at a time
+  static constexpr int kMaxColumns = lane_columns(sizeof(T));
+  static_assert(kDepthBlock % kChunk == 0 && kChunk % kDepth == 0);
   static constexpr bool kRowsFirst = true;
 
   static RNN_EXT_DEVICE T operand(T value) { return value; }
@@ -197,11 +201,11 @@ struct LaneProduct {
   template <Exchange kExchange>
   static RNN_EXT_DEVICE void run(const T* weights, const T* exchange, int64_t blocks,
                                  int64_t first_row, int rows, T* partial, int stride) {
-    constexpr int kMany = sizeof(T) == 8 ? kRowTile : 2 * kRowTile;  // for want of registers
     if (rows <= kRowTile)
       run_columns<kExchange, kRowTile>(weights, exchange, blocks, first_row, rows, partial, stride);
     else
-      run_columns<kExchange, kMany>(weights, exchange, blocks, first_row, rows, partial, stride);
+      run_columns<kExchange, kMaxColumns>(weights, exchange, blocks, first_row, rows, partial,
+                                          stride);
   }
 
  private:
@@ -209,51 +213,60 @@ struct LaneProduct {
   static RNN_EXT_DEVICE void run_columns(const T* weights, const T* exchange, int64_t blocks,
                                          int64_t first_row, int rows, T* partial, int stride) {
     constexpr int kLaneColumns = kColumns / kColumnGroups, kSums = kLaneRows * kLaneColumns;
-    // Pieces of K that are asked for at a time: the exchange is far away, in L2.
-    constexpr int kAtOnce = kExchange == Exchange::kCluster ? 1 : 16 / kLaneColumns;
+    constexpr int kRowVectors = kChunk / kValues, kVectors = kColumns * kRowVectors / kWarp;
+    // Chunks in shared memory at once, and those on their way from L2.
+    constexpr int kStaged = kStagedVectors / kVectors, kAtOnce = 2 * kStaged;
+    static_assert(kStaged > 0);
     const int lane = lane_index(), slot = warp_index();
     const int row_group = lane % kRowGroups, depth_group = lane / kRowGroups % kDepthGroups;
     const int column_group = lane / (kRowGroups * kDepthGroups);
-    const int depth = int(blocks) * kDepthBlock, pieces = depth / kDepth;
+    const int depth = int(blocks) * kDepthBlock, chunks = depth / kChunk;
     const T* const w = weights + depth_group * kRows + row_group * kLaneRows;
-    const T* const from =
-        exchange + (first_row + column_group * kLaneColumns) * depth + depth_group * kValues;
+    T* const staged = partial + kSlots * kRows * stride + slot * (kStagedVectors * kWarp * kValues);
+    const T* const own =
+        staged + column_group * kLaneColumns * kChunk + depth_group * kValues;  // of the lane
 #pragma unroll 1
     for (int first = 0; first < rows; first += kColumns) {
+      const T* const from = exchange + (first_row + first) * depth;
       T sums[kSums] = {};  // (columns, rows)
 #pragma unroll 1
-      for (int piece = slot; piece < pieces; piece += kAtOnce * kSlots) {
-        Vector<T, kValues> h[kAtOnce][kLaneColumns];
+      for (int chunk = slot; chunk < chunks; chunk += kAtOnce * kSlots) {
+        Vector<T, kValues> h[kAtOnce][kVectors] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          if (piece + i * kSlots >= pieces) break;
+          if (chunk + i * kSlots >= chunks) break;
 #pragma unroll
-          for (int n = 0; n < kLaneColumns; ++n)
-            if (first + column_group * kLaneColumns + n < rows)
-              h[i][n] = load_exchanged<kExchange, T, kValues>(from + (first + n) * depth +
-                                                              (piece + i * kSlots) * kDepth);
+          for (int v = 0; v < kVectors; ++v) {
+            const int row = (v * kWarp + lane) / kRowVectors, at = (v * kWarp + lane) % kRowVectors;
+            if (first + row < rows)
+              h[i][v] = load_exchanged<kExchange, T, kValues>(
+                  from + row * depth + (chunk + i * kSlots) * kChunk + at * kValues);
+          }
         }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (piece + i * kSlots >= pieces) break;
-          const T* const of_piece = w + (piece + i * kSlots) * (kDepth * kRows);
+        for (int begin = 0; begin < kAtOnce; begin += kStaged) {
+          const int rest = chunks - chunk - begin * kSlots;
+          if (rest <= 0) break;
+          warp_barrier();  // what was there before has been read
 #pragma unroll
-          for (int k = 0; k < kValues; ++k) {
-            Vector<T, kValues> weight[kLaneRows / kValues];
+          for (int i = 0; i < kStaged; ++i)
 #pragma unroll
-            for (int m = 0; m < kLaneRows / kValues; ++m)
-              weight[m] =
-                  load_vector<T, kValues>(of_piece + k * kDepthGroups * kRows + m * kValues);
-#pragma unroll
-            for (int n = 0; n < kLaneColumns; ++n)
-#pragma unroll
-              for (int m = 0; m < kLaneRows; ++m)
-                sums[n * kLaneRows + m] += weight[m / kValues].v[m % kValues] * h[i][n].v[k];
-          }
+            for (int v = 0; v < kVectors; ++v)
+              store_vector<T, kValues>(staged + ((i * kVectors + v) * kWarp + lane) * kValues,
+                                       h[begin + i][v]);
+          warp_barrier();
+          const int count = rest > (kStaged - 1) * kSlots ? kStaged : (rest + kSlots - 1) / kSlots;
+          // Rolled: the code of a step has to find room in the caches of instructions.
+#pragma unroll 1
+          for (int i = 0; i < count; ++i)
+#pragma unroll 1
+            for (int k = 0; k < kChunk; k += kDepth)
+              add_piece<kLaneColumns>(w + ((chunk + (begin + i) * kSlots) * kChunk + k) * kRows,
+                                      own + i * kColumns * kChunk + k, sums);
         }
       }
       // Each time one half of the lanes that share the sums keeps one half of them.
-      int kept = kSums, own = 0;  // the lane's are `kept` from `own` on
+      int kept = kSums, begin = 0;  // the lane's are `kept` from `begin` on
 #pragma unroll
       for (int mask = kDepthGroups / 2; mask > 0; mask /= 2) {
         const bool upper = depth_group & mask;
@@ -264,7 +277,7 @@ struct LaneProduct {
           const T stays = upper ? sums[i + half] : sums[i];
           sums[i] = stays + shuffle_xor(upper ? sums[i] : sums[i + half], mask * kRowGroups);
         }
-        if (upper) own += half;
+        if (upper) begin += half;
         kept = half;
       }
       T* const to = partial + (slot * kRows + row_group * kLaneRows) * stride + first +
@@ -272,10 +285,30 @@ struct LaneProduct {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         if (i >= kept) continue;
-        const int row = (own + i) % kLaneRows, column = (own + i) / kLaneRows;
+        const int row = (begin + i) % kLaneRows, column = (begin + i) / kLaneRows;
         if (first + column_group * kLaneColumns + column < rows)
           to[row * stride + column] = sums[i];
       }
+    }
+  }
+
+  // kDepth values of K: sums (columns, rows) of the lane.
+  template <int kLaneColumns>
+  static RNN_EXT_DEVICE void add_piece(const T* weights, const T* h, T* sums) {
+    Vector<T, kValues> values[kLaneColumns];
+#pragma unroll
+    for (int n = 0; n < kLaneColumns; ++n) values[n] = load_vector<T, kValues>(h + n * kChunk);
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) {
+      Vector<T, kValues> weight[kLaneRows / kValues];
+#pragma unroll
+      for (int m = 0; m < kLaneRows / kValues; ++m)
+        weight[m] = load_vector<T, kValues>(weights + k * kDepthGroups * kRows + m * kValues);
+#pragma unroll
+      for (int n = 0; n < kLaneColumns; ++n)
+#pragma unroll
+        for (int m = 0; m < kLaneRows; ++m)
+          sums[n * kLaneRows + m] += weight[m / kValues].v[m % kValues] * values[n].v[k];
     }
   }
 };

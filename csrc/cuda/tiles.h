@@ -95,6 +95,19 @@ RNN_EXT_SHARED_INLINE constexpr Tiling tiling(int gates, bool backward, Cut cut)
   return {units, rows, tiles, slots};
 }
 
+// Without tensor cores a warp brings what it multiplies to a place of its own in shared memory: so
+// many vectors of 16 bytes for each lane at a time, so many values of K of a batch row one after
+// the other, and of so many batch rows at most. A lane multiplies a vector for 4 rows of the
+// matrix.
+inline constexpr int kStagedVectors = 4;
+RNN_EXT_SHARED_INLINE constexpr int lane_chunk(int rows, int64_t element_bytes) {
+  const int at_once = 2 * kWarp / rows * int(16 / element_bytes);
+  return at_once < 16 ? 16 : at_once;
+}
+RNN_EXT_SHARED_INLINE constexpr int lane_columns(int64_t element_bytes) {
+  return element_bytes == 8 ? kRowTile : 2 * kRowTile;  // of doubles there are fewer registers
+}
+
 // K: the units, backward those of every gate, padded gate by gate.
 RNN_EXT_SHARED_INLINE constexpr int64_t depth(int gates, bool backward, int64_t hidden_size) {
   return (backward ? gates : 1) * rounded_up(hidden_size, kDepthBlock);
@@ -146,6 +159,7 @@ RNN_EXT_SHARED_INLINE constexpr SharedLayout shared_layout(int gates, int saved,
   s.partial_stride = int(pass_rows) + kPartialPad;
   s.partial = unit_passes * t.rows() * depth(gates, backward, hidden_size) * bytes_of(dtype);
   s.prefetch = s.partial + t.slots * t.rows() * int64_t(s.partial_stride) * compute_bytes_of(dtype);
+  if (cut == Cut::kLanes) s.prefetch += kThreads * kStagedVectors * 16;  // behind partial sums
   const int64_t pairs = unit_passes * rounded_up(group_rows, kPassRows) * t.units;
   s.exchange = s.prefetch + pairs * prefetched(gates, saved, backward) * compute_bytes_of(dtype);
   const bool inside = exchange == Exchange::kCluster;

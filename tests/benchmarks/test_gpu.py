@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import gpu
+import gpu_methods
 import rnn_ext
 from rnn_ext._bench import Case
 
@@ -173,3 +174,15 @@ def test_flashrnn_falls_out_with_a_note(monkeypatch):
 def test_no_gpu_is_said_and_nothing_measured(capsys):
     assert gpu.main([]) == 2
     assert "no GPU is available" in capsys.readouterr().err
+
+
+def test_methods_beside_predictions(tmp_path, capsys):
+    path = tmp_path / "methods.json"
+    cases = [small("LSTM"), small("GRU", "training")]
+    assert gpu_methods.main(["--device", "cpu", "--json", str(path)], cases) == 0
+    rows = json.loads(path.read_text())
+    assert [row["method"] for row in rows] == 2 * list(gpu.METHODS)
+    assert [row["method"] for row in rows if row["chosen"]] == 2 * ["cluster"]
+    assert all(row["seconds"] > 0 and row["predicted"] > 0 for row in rows)
+    assert capsys.readouterr().out.count(" ms, predicted on h100") == 6
+    assert len(list(gpu_methods.grid(["float32"]))) == 3 * 8 * 4 * 2

@@ -9,7 +9,6 @@ namespace rnn_ext::cuda {
 
 namespace host {
 
-void warp_barrier();
 uint32_t vote_ballot(bool p);
 void atomic_store(uint32_t* p, uint32_t v, bool release);
 void device_fence();
@@ -19,8 +18,6 @@ void load_matrix(uint32_t* registers, const void* row, int count, bool transpose
 }  // namespace host
 
 // All 32 lanes.
-RNN_EXT_DEVICE void warp_barrier() { host::warp_barrier(); }
-
 template <class T>
 RNN_EXT_DEVICE T shuffle(T v, int lane) {
   return shuffle_as(host::Shuffle::kIndex, v, lane);

@@ -30,7 +30,7 @@ TYPES = {
 }
 
 DELETED = re.compile(
-    r"\b(?:block_barrier|cluster_arrive|cluster_wait|copy_async_commit|copy_async_wait<\d+>"
+    r"\b(?:block_barrier|warp_barrier|cluster_arrive|cluster_wait|copy_async_commit|copy_async_wait<\d+>"
     r"|[\w.]+\.arrive|[\w.]+\.wait)\([^;{}]*\);"
 )
 WEAKENED = {
