@@ -191,7 +191,9 @@ def test_examples_are_one_call(name: str) -> None:
     assert called["rnn_ext::recurrent"] == 2  # above and below the transform
     per_example = vmap(grad(case.loss), in_dims=(None, 0))
     called = operators_called(lambda: per_example(case.weights, case.data))
-    by_operator = [called[f"rnn_ext::recurrent_backward{kind}"] for kind in ("", "_per_example")]
+    by_operator = [
+        called.get(f"rnn_ext::recurrent_backward{kind}", 0) for kind in ("", "_per_example")
+    ]
     # Above the transform one call; below it the CPU has an operator of its own.
     assert by_operator == ([2, 0] if torch.get_default_device().type == "cuda" else [1, 1])
 
