@@ -31,6 +31,7 @@
 //
 //   mma_m16n8k16<Float16 | BFloat16>(acc, a, b)  mma_m16n8k8_tf32(acc, a, b)    acc += a b
 //   kHasTensorCores                         whether this compilation has both
+//   kFloatLoads                             of 16 bytes, that it has registers for in flight
 //
 //   launch(config, kernel, arguments...)    an Error, kSuccess or not: nothing throws or waits
 #pragma once

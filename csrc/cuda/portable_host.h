@@ -120,6 +120,7 @@ RNN_EXT_DEVICE T shuffle_xor(T v, int mask) {
 }
 
 inline constexpr bool kHasClusters = true;
+inline constexpr int kFloatLoads = 8;
 RNN_EXT_DEVICE void cluster_arrive() { host::cluster_arrive(true); }
 RNN_EXT_DEVICE void cluster_wait() { host::cluster_wait(); }
 

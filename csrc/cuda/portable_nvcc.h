@@ -275,6 +275,13 @@ RNN_EXT_DEVICE double hyperbolic_tangent(double x) { return ::tanh(x); }
 // The device that this pass compiles for has all products below.
 inline constexpr bool kHasTensorCores = RNN_EXT_SM80;
 
+// How many registers ptxas finds for a kernel of the same text differs: for 10.0, 8 spill in one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+inline constexpr int kFloatLoads = 4;
+#else
+inline constexpr int kFloatLoads = 8;
+#endif
+
 // --- Matrix fragments ----------------------------------------------------------------------------
 // With g = lane / 4, t = lane % 4, a register of two narrow values holding the lower index in its
 // low half:

@@ -77,7 +77,7 @@ struct TensorCoreProduct {
 
  private:
   // Where the exchange is far away, in L2, a warp asks for that many loads of it at a time.
-  static constexpr int kFetched = 8;
+  static constexpr int kFetched = sizeof(T) == 4 ? kFloatLoads : 8;
 
   template <Exchange kExchange, int kColumnTiles>
   static RNN_EXT_DEVICE void run_tiles(const T* weights, const T* exchange, int64_t blocks,
