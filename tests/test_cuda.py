@@ -111,7 +111,7 @@ def set_method():
     rnn_ext._C.set_cuda_method("auto")
 
 
-def methods_of(case: Case, tf32: bool = False) -> set[str]:
+def methods_of(case: Case) -> set[str]:
     """By which method each pass of the case would run, the way it is set now, on a model."""
     return {
         rnn_ext._C.cuda_plan(
@@ -125,7 +125,6 @@ def methods_of(case: Case, tf32: bool = False) -> set[str]:
             backward=backward,
             training=True,
             device=MODEL,
-            allow_tf32=tf32,
         )["method"]
         for backward in (False, True)
     }
