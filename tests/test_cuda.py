@@ -286,7 +286,7 @@ def test_tf32_only_where_torch_allows_it(set_method, method, cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32_gradients(set_method, method, cell):
     """Each product's operands lose all but 10 bits: 2^-11 of either at most, anew in each step."""
-    set_method(method)
+    set_method(method)  # where the layer can run by it: no cluster holds an LSTM of 160
     ours, _ = pair(Case(cell, 20, 8, 64, 160, "training", bidirectional=True))
     exact = {name: value.clone() for name, value in ours.results().items()}
     torch.backends.cuda.matmul.allow_tf32 = True  # full_precision sets it back

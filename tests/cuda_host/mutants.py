@@ -21,7 +21,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("csrc/cuda/persistent.h", "csrc/cuda/products.h", "csrc/cuda/portable.h")
+FILES = tuple(
+    f"csrc/cuda/{name}.h" for name in ("persistent", "persistent_block", "products", "portable")
+)
 # What is recompiled and run, one type after the other; the objects of other types are taken as
 # built.
 TYPES = {
