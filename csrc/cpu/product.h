@@ -57,6 +57,8 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t ro
     }
   }
   int64_t k = 0;
+  // Half as many additions to addresses, which take turns with the multiply-adds.
+#pragma GCC unroll 2
   for (; k + kUnroll <= depth; k += kUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
@@ -150,7 +152,7 @@ RNN_EXT_INLINE void multiply_in_tiles(Tiles& tiles, int64_t depth, const Element
 #endif
 
 template <class P, int kVectors>
-inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
+inline void multiply_vectors(int64_t rows, int64_t depth, const Rows<Element<P>>& a,
                              const Element<P>* panel, const Value<P>* init, int64_t init_stride,
                              Value<P>* out, int64_t out_stride, const Element<P>* ahead, bool add) {
   using T = Value<P>;
@@ -204,7 +206,7 @@ inline void multiply_vectors(int64_t rows, int64_t depth, Rows<Element<P>> a,
 // known. Nothing else may be fetched early: what follows in memory may be another member's, who
 // writes it.
 template <class P>
-void multiply_panel(int vectors, int64_t rows, int64_t depth, Rows<Element<P>> a,
+void multiply_panel(int vectors, int64_t rows, int64_t depth, const Rows<Element<P>>& a,
                     const Element<P>* panel, const Value<P>* init, int64_t init_stride,
                     Value<P>* out, int64_t out_stride, const Element<P>* ahead = nullptr,
                     bool add = false) {
