@@ -359,7 +359,7 @@ struct BackwardPass : private ChunkLayout {
   bool cuts() const { return features.resets.data || features.detach_steps > 0; }
 
   void step(Member& team, const Part& part, int64_t s) const {
-    for_tiles(team, part, state_columns.panels(),
+    for_tiles(team, part, plan, state_columns.panels(),
               [&](int d, int64_t panel, int64_t begin, int64_t next) {
                 state_tile(d, panel, s, begin, next);
               });
@@ -373,25 +373,13 @@ struct BackwardPass : private ChunkLayout {
     if constexpr (kGates == 3) {
       if (two_stages)
         for_tiles(
-            team, part, state_columns.panels(),
+            team, part, plan, state_columns.panels(),
             [&](int d, int64_t panel, int64_t begin, int64_t) { first_stage(d, panel, s, begin); });
     }
     if (!project) return;
     for_tiles(
-        team, part, hidden_columns.panels(),
+        team, part, plan, hidden_columns.panels(),
         [&](int d, int64_t panel, int64_t begin, int64_t) { projected_tile(d, panel, s, begin); });
-  }
-
-  // Calls job(direction, panel, first batch row, the panel likely to be next or -1) for the part's
-  // tiles.
-  template <class Job>
-  void for_tiles(Member& team, const Part& part, int64_t panels, Job&& job) const {
-    team.for_each(part.jobs(panels), [&](int64_t i) {
-      const int64_t panel = i / part.blocks % panels,
-                    next = team.after(i) < i ? panel - 1 : panel + 1;
-      job(part.first_direction + int(i / (panels * part.blocks)), panel,
-          (part.first_block + i % part.blocks) * plan.row_block, next < panels ? next : -1);
-    });
   }
 
   int64_t clip(int64_t active, int64_t begin) const {

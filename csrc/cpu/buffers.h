@@ -120,6 +120,22 @@ struct Part {
   int64_t jobs(int64_t panels) const { return directions * panels * blocks; }
 };
 
+// Calls job(direction, panel, first batch row, the panel likely to be next or -1) for the part's
+// tiles: one panel after the other, and for each all blocks. A step at batch 1 is few and short
+// jobs, which divisions would hold up.
+template <class Job>
+void for_tiles(Member& team, const Part& part, const Plan& plan, int64_t panels, Job&& job) {
+  team.for_each(part.jobs(panels), [&](int64_t i) {
+    const int64_t of_all = part.blocks == 1 ? i : i / part.blocks;
+    const int64_t block = i - of_all * part.blocks;
+    const int second = of_all >= panels;  // of two directions
+    const int64_t panel = second ? of_all - panels : of_all,
+                  next = team.after(i) < i ? panel - 1 : panel + 1;
+    job(part.first_direction + second, panel, (part.first_block + block) * plan.row_block,
+        next < panels ? next : -1);
+  });
+}
+
 // Calls job(direction, group, first row, end of rows) for the part's rows, in groups that lie
 // within a block each and count through all of a direction's.
 inline constexpr int64_t kRowGroup = 4;

@@ -374,16 +374,11 @@ struct ForwardPass {
   // Calls job(direction, panel, t, first batch row, rows, the panel likely to be next or -1) for
   // the part's tiles of position s.
   template <class Job>
-  void for_tiles(Member& team, const Part& part, int64_t s, int64_t panels, Job&& job) const {
-    team.for_each(part.jobs(panels), [&](int64_t i) {
-      const int d = part.first_direction + int(i / (panels * part.blocks));
-      const int64_t t = step_at(shape, d == 1, s);
-      const int64_t begin = (part.first_block + i % part.blocks) * plan.row_block;
-      int64_t rows = shape.active(t) - begin;
-      if (rows > plan.row_block) rows = plan.row_block;
-      const int64_t panel = i / part.blocks % panels,
-                    next = team.after(i) < i ? panel - 1 : panel + 1;
-      if (rows > 0) job(d, panel, t, begin, rows, next < panels ? next : -1);
+  void for_tiles_of(Member& team, const Part& part, int64_t s, int64_t panels, Job&& job) const {
+    for_tiles(team, part, plan, panels, [&](int d, int64_t panel, int64_t begin, int64_t next) {
+      const int64_t t = step_at(shape, d == 1, s), rest = shape.active(t) - begin;
+      const int64_t rows = rest < plan.row_block ? rest : plan.row_block;
+      if (rows > 0) job(d, panel, t, begin, rows, next);
     });
   }
 
@@ -394,21 +389,21 @@ struct ForwardPass {
     };
     if constexpr (kGates == 3) {
       if (two_stages) {
-        for_tiles(team, part, s, directions[0].first.columns.panels(),
-                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
-                    first_stage(d, panel, s, begin, rows, gx_row(d, t));
-                  });
-        for_tiles(team, part, s, directions[0].second.columns.panels(),
-                  [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
-                    second_stage(d, panel, s, t, begin, rows, gx_row(d, t));
-                  });
+        for_tiles_of(team, part, s, directions[0].first.columns.panels(),
+                     [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
+                       first_stage(d, panel, s, begin, rows, gx_row(d, t));
+                     });
+        for_tiles_of(team, part, s, directions[0].second.columns.panels(),
+                     [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
+                       second_stage(d, panel, s, t, begin, rows, gx_row(d, t));
+                     });
         return;
       }
     }
-    for_tiles(team, part, s, columns.panels(),
-              [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t next) {
-                gate_tile(d, panel, s, t, begin, rows, gx_row(d, t), next);
-              });
+    for_tiles_of(team, part, s, columns.panels(),
+                 [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t next) {
+                   gate_tile(d, panel, s, t, begin, rows, gx_row(d, t), next);
+                 });
     if (norm)
       for_row_groups(team, part, plan, [&](int d, int64_t, int64_t begin, int64_t end) {
         const int64_t t = step_at(shape, d == 1, s);
@@ -416,10 +411,10 @@ struct ForwardPass {
           norm_row(d, s, t, b, gx_row(d, t) + b);
       });
     if (shape.proj_size > 0)
-      for_tiles(team, part, s, projection_columns.panels(),
-                [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
-                  projection_tile(d, panel, s, t, begin, rows);
-                });
+      for_tiles_of(team, part, s, projection_columns.panels(),
+                   [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
+                     projection_tile(d, panel, s, t, begin, rows);
+                   });
   }
 
   void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
