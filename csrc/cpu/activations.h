@@ -142,18 +142,7 @@ struct VectorMath {
 
   // A product that is not fused with what it is added to.
   RNN_EXT_INLINE V rounded(V product) const {
-    return each(
-        [](Vec<T> v) {
-#if defined(__AVX512F__)
-          asm("" : "+v"(v));
-#elif defined(__SSE2__)
-          asm("" : "+x"(v));
-#elif defined(__aarch64__)
-          asm("" : "+w"(v));
-#endif
-          return v;
-        },
-        product);
+    return each([](Vec<T> v) { return in_register(v); }, product);
   }
   RNN_EXT_INLINE V zero() const { return V{}; }
   RNN_EXT_INLINE V one() const { return V{} + T(1); }

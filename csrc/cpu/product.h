@@ -66,7 +66,11 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t ro
       if (kUnroll == 1) __builtin_prefetch(ahead + k * kLanes<T>, 0, 2);
       Operand column[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) column[v] = load(b + u * kWidth + v * kLanes<T>);
+      for (int v = 0; v < kVectors; ++v) {
+        column[v] = load(b + u * kWidth + v * kLanes<T>);
+        // Once for all rows: GCC would read it again for each.
+        if constexpr (kRows > 1) column[v] = in_register(column[v]);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Operand left = P::broadcast(a[r * row_stride + u * k_stride]);
@@ -236,7 +240,7 @@ constexpr int dot_columns(int rows) {
 }
 // Short weight rows: a whole vector of them at once, for they follow each other in memory. Of
 // longer ones that would be more streams than the processor fetches ahead of.
-inline constexpr int64_t kShortDots = 256;
+inline constexpr int64_t kShortDots = 128;
 
 // kWhole: do all columns of the vector exist?
 template <class T, int kRows, int kColumns, bool kWhole>
@@ -259,7 +263,8 @@ inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t ro
       for (int r = 0; r < kRows; ++r) x[r] = load(a + r * row_stride + k);
 #pragma GCC unroll 16
       for (int i = 0; i < kColumns; ++i) {
-        const V y = load_weights(w[i] + k);
+        V y = load_weights(w[i] + k);
+        if constexpr (kRows > 1) y = in_register(y);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) group[r][i] += y * x[r];
       }

@@ -214,6 +214,19 @@ RNN_EXT_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// v, in a register: the compiler knows neither where it comes from nor what it will be used for.
+template <class V>
+RNN_EXT_INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // Lane i of the result is the sum over the lanes of rows[i].
 template <class T, int kGroup = kLanes<T>>
 RNN_EXT_INLINE Vec<T> sum_each(Vec<T> (&rows)[kLanes<T>]) {
