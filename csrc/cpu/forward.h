@@ -29,6 +29,16 @@ struct GateMatrix {
   T* bias;  // (width) in panel order
 
   int64_t panel_offset(int64_t panel) const { return columns.column(panel) * elements<P>(depth); }
+  // One of the packed panels, null where there are none.
+  const Element* panel(const Element* packed, int64_t i) const {
+    return packed ? packed + panel_offset(i) : nullptr;
+  }
+  // Panel `next`, which is likely to be read after panel i: null where it is none or a smaller one.
+  const Element* panel_ahead(const Element* packed, int64_t i, int64_t next) const {
+    if (next < 0 || next >= columns.panels() || columns.vectors(next) < columns.vectors(i))
+      return nullptr;
+    return panel(packed, next);
+  }
 
   // A panel's part of a (G*H) row in panel order, zeros where there is none.
   void load_row(int64_t panel, const T* plain, T* to) const {
@@ -323,8 +333,9 @@ struct ForwardPass {
         const int d = int(job / (panels * blocks));
         const int64_t panel = job / blocks % panels;
         const Direction& w = directions[d];
-        const Element* packed = w.w_ih ? w.w_ih + w.input.panel_offset(panel) : nullptr;
-        input_tile(d, panel, packed, range_at(shape, d == 1, s, end), job % blocks);
+        const int64_t next = team.after(job) < job ? panel - 1 : panel + 1;
+        input_tile(d, panel, w.input.panel(w.w_ih, panel), range_at(shape, d == 1, s, end),
+                   job % blocks, w.input.panel_ahead(w.w_ih, panel, next));
       });
       return;
     }
@@ -341,14 +352,15 @@ struct ForwardPass {
   }
 
   void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
-                  int64_t block) const {
+                  int64_t block, const Element* ahead = nullptr) const {
     const int64_t begin = block * kMaxRowBlock, last = block_end(begin, range);
     if (begin >= last) return;
     const Direction& w = directions[d];
     if (panel == 0 && !one_chunk && !features.again) touch_output(d, range, begin, last);
     const Element* x = input_operands(d, range.first, 0, 0);
     w.input.multiply(panel, packed, last - begin, x + begin * x_stride, x_stride,
-                     w.gx + begin * columns.width() + columns.column(panel), columns.width());
+                     w.gx + begin * columns.width() + columns.column(panel), columns.width(),
+                     ahead);
   }
 
   // The input of step t and batch row b, which is a row of the chunk.
@@ -421,24 +433,21 @@ struct ForwardPass {
                  int64_t gx_row, int64_t next) const {
     const Direction& w = directions[d];
     const int64_t tile_width = columns.vectors(panel) * kLanes<T>;
-    if (next >= 0 && columns.vectors(next) < columns.vectors(panel)) next = -1;
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* const tile = norm ? w.gh + begin * columns.width() + columns.column(panel) : buffer;
-    const auto panel_of = [](const Matrix& matrix, const Element* panels, int64_t i) {
-      return panels && i >= 0 ? panels + matrix.panel_offset(i) : nullptr;
-    };
-    const Element* const w_hh = panel_of(w.recurrent, w.w_hh, panel);
-    const Element* const w_ih = panel_of(w.input, w.w_ih, panel);
+    const Element* const w_hh = w.recurrent.panel(w.w_hh, panel);
+    const Element* const w_ih = w.input.panel(w.w_ih, panel);
+    const Element* const ahead = w.recurrent.panel_ahead(w.w_hh, panel, next);
     w.recurrent.multiply(panel, w_hh, rows, w.h_operand[s & 1] + begin * state_stride(),
                          state_stride(), tile, norm ? columns.width() : tile_width,
-                         project_in_step ? w_ih : panel_of(w.recurrent, w.w_hh, next));
+                         project_in_step ? w_ih : ahead);
     if (norm) return;
     alignas(64) T projected[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* gx = projected;
     const int64_t gx_stride = project_in_step ? tile_width : columns.width();
     if (project_in_step)
       w.input.multiply(panel, w_ih, rows, input_operands(d, t, begin, gx_row + begin), x_stride,
-                       projected, tile_width, panel_of(w.recurrent, w.w_hh, next));
+                       projected, tile_width, ahead);
     else
       gx = w.gx + (gx_row + begin) * columns.width() + columns.column(panel);
     int64_t r = 0;
