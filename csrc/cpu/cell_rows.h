@@ -42,9 +42,8 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::simple_cell(const SimpleRows& at, int6
       for (int i = 0; i < kSaved; ++i)
         store_rows(reserve + i * at.hidden, kSaved * at.hidden, saved[i]);
     }
-    T* const y = at.y + r * at.y_stride + unit;
     for_each_vector(out, [&](int i, Vec<T>& row) {
-      store_upto(y + i * at.y_stride, row, shape.hidden_size - unit);
+      store_upto(at.output(r + i) + unit, row, shape.hidden_size - unit);
     });
   }
 }

@@ -131,7 +131,7 @@ struct ForwardPass {
   const bool separate_operands;  // does the product read something else than h itself?
   const bool norm;
   const bool two_stages;  // GruResetBefore
-  // Does a row's step do nothing but the cell, and do rows follow each other everywhere?
+  // Does a row's step do nothing but the cell, unless an episode ends?
   const bool simple_rows;
   GateColumns<T, kGates> columns;
   Columns<T> projection_columns;
@@ -156,8 +156,8 @@ struct ForwardPass {
         separate_operands(!kValuesAreOperands || c.features.hidden_mask[0]),
         norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
-        simple_rows(plain && !separate_operands && c.shape.proj_size == 0 && !c.shape.order &&
-                    c.rounding == Rounding::kNone &&
+        simple_rows(!c.features.zoneout_h.data && !c.features.zoneout_c.data && !c.cells.data &&
+                    !separate_operands && c.shape.proj_size == 0 && c.rounding == Rounding::kNone &&
                     c.features.kept(c.shape.cell) == Cell::kNumSaved),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
@@ -452,7 +452,7 @@ struct ForwardPass {
       gx = w.gx + (gx_row + begin) * columns.width() + columns.column(panel);
     int64_t r = 0;
     if constexpr (kValuesAreOperands) {
-      if (simple_rows) {
+      if (simple_rows && !any_starts_anew(d, t, begin, rows)) {
         const SimpleRows at = simple_rows_from(d, s, t, begin);
         if constexpr (kVectorRegisters >= 32)
           for (; r + 2 <= rows; r += 2)
@@ -473,11 +473,14 @@ struct ForwardPass {
   }
 
   // Where consecutive batch rows have their values at one step: the first one's, and from row to
-  // row.
+  // row. Only outputs may be in another order.
   struct SimpleRows {
     const T* h_prev;
     T *h, *c, *y, *reserve;
     int64_t hidden, y_stride;
+    const int64_t* order;
+
+    T* output(int64_t r) const { return y + (order ? order[r] : r) * y_stride; }
   };
   SimpleRows simple_rows_from(int d, int64_t s, int64_t t, int64_t begin) const {
     const Direction& w = directions[d];
@@ -485,10 +488,12 @@ struct ForwardPass {
     return {w.h[s & 1] + first,
             w.h[~s & 1] + first,
             w.c ? w.c + first : nullptr,
-            call.y.at(shape, t, begin) + d * shape.hidden_size,
+            (shape.order ? call.y.data + t * call.y.step_stride : call.y.at(shape, t, begin)) +
+                d * shape.hidden_size,
             reserve_row(d, t, begin),
             hidden,
-            call.y.row_stride};
+            call.y.row_stride,
+            shape.order ? shape.order + begin : nullptr};
   }
 
   // In cell_rows.h. The cell for row r of a panel, and where V is a pair for the next one, too.
@@ -532,6 +537,15 @@ struct ForwardPass {
       return zoneout_h ? h + row_vector(zoneout_h, unit, H) * (h_prev - h) : h;
     }
   };
+  // Does one of the rows have another step after t, to which it comes with the reset state?
+  bool any_starts_anew(int d, int64_t t, int64_t begin, int64_t rows) const {
+    const int64_t next = d == 0 ? t + 1 : t - 1;
+    if (!features.resets.data || next < 0 || next >= shape.steps) return false;
+    const int64_t end = begin + rows < shape.active(next) ? begin + rows : shape.active(next);
+    for (int64_t b = begin; b < end; ++b)
+      if (features.starts_anew(shape, d, next, b)) return true;
+    return false;
+  }
   RNN_EXT_INLINE Beyond beyond_plain(int d, int64_t t, int64_t b) const {
     const int64_t H = shape.hidden_size, R = shape.state_size();
     const auto row_of = [&](const auto& rows) {
@@ -544,9 +558,7 @@ struct ForwardPass {
     beyond.cells = row_of(call.cells);
     beyond.any = beyond.zoneout_h || beyond.zoneout_c || beyond.cells;
     if (features.resets.data) {
-      const int64_t next = d == 0 ? t + 1 : t - 1;
-      beyond.anew = next >= 0 && next < shape.steps && b < shape.active(next) &&
-                    features.starts_anew(shape, d, next, b);
+      beyond.anew = any_starts_anew(d, t, b, 1);
       beyond.reset_h = state_row(features.reset_h[d], shape, b, R);
       beyond.reset_c = state_row(features.reset_c[d], shape, b, H);
     }
