@@ -7,45 +7,53 @@
 namespace rnn_ext::RNN_EXT_ISA {
 
 template <class P, class Cell>
-template <class V>
+template <bool kNorm, class V>
 RNN_EXT_INLINE void ForwardPass<P, Cell>::simple_cell(const SimpleRows& at, int64_t panel,
                                                       int64_t r, const T* gx, int64_t gx_stride,
-                                                      const T* gh) const {
+                                                      const T* gh, int64_t gh_stride) const {
   const VectorMath<T, V> math{call.linear_activations};
-  const auto load_rows = [](const T* first, int64_t stride) {
-    V rows;
-    for_each_vector(rows, [&](int i, Vec<T>& row) { row = load(first + i * stride); });
-    return rows;
-  };
-  const auto store_rows = [](T* first, int64_t stride, V rows) {
-    for_each_vector(rows, [&](int i, Vec<T>& row) { store(first + i * stride, row); });
-  };
   const int unit_vectors = kGates > 1 ? 1 : columns.unit_vectors(panel);
-  const int64_t gh_stride = kGates * unit_vectors * kLanes<T>, before = r * at.hidden;
+  const int64_t before = r * at.hidden;
   for (int u = 0; u < unit_vectors; ++u) {
     const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
     V x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g) {
-      x[g] = load_rows(gx + (g * unit_vectors + u) * kLanes<T>, gx_stride);
-      h[g] = load_rows(gh + (g * unit_vectors + u) * kLanes<T>, gh_stride);
+      x[g] = load_rows<V>(gx + (g * unit_vectors + u) * kLanes<T>, gx_stride);
+      h[g] = load_rows<V>(gh + (g * unit_vectors + u) * kLanes<T>, gh_stride);
     }
-    if constexpr (Cell::kHasCellState) c = load_rows(at.c + before + unit, at.hidden);
+    if constexpr (Cell::kHasCellState) c = load_rows<V>(at.c + before + unit, at.hidden);
     if constexpr (Cell::kReadsPreviousOutput)
-      previous = load_rows(at.h_prev + before + unit, at.hidden);
+      previous = load_rows<V>(at.h_prev + before + unit, at.hidden);
     V out = Cell::forward(math, x, h, previous, c, saved);
     if constexpr (Cell::kHasCellState) store_rows(at.c + before + unit, at.hidden, c);
-    store_rows(at.h + before + unit, at.hidden, out);
     if (at.reserve) {
-      T* const reserve = at.reserve + kSaved * before + unit;
+      T* const reserve = at.reserve + r * at.reserve_stride + unit;
+      if (kNorm && Cell::kReadsOutput) store_rows(reserve, at.reserve_stride, out);
 #pragma GCC unroll 8
       for (int i = 0; i < kSaved; ++i)
-        store_rows(reserve + i * at.hidden, kSaved * at.hidden, saved[i]);
+        store_rows(reserve + i * at.hidden, at.reserve_stride, saved[i]);
     }
-    for_each_vector(out, [&](int i, Vec<T>& row) {
-      store_upto(at.output(r + i) + unit, row, shape.hidden_size - unit);
-    });
+    if constexpr (kNorm && Cell::kHasCellState) {
+      T* const kept = at.unnormalized + 2 * before + unit;
+      store_rows(kept, 2 * at.hidden, saved[3]);
+      store_rows(kept + at.hidden, 2 * at.hidden,
+                 each([&](Vec<T> v) { return first_lanes<T>(v, shape.hidden_size - unit); }, c));
+    } else {
+      simple_output(at, r, unit, out);
+    }
   }
+}
+
+// h_t of one vector of units.
+template <class P, class Cell>
+template <class V>
+RNN_EXT_INLINE void ForwardPass<P, Cell>::simple_output(const SimpleRows& at, int64_t r,
+                                                        int64_t unit, V h) const {
+  store_rows(at.h + r * at.hidden + unit, at.hidden, h);
+  for_each_vector(h, [&](int i, Vec<T>& row) {
+    store_upto(at.output(r + i) + unit, row, shape.hidden_size - unit);
+  });
 }
 
 template <class P, class Cell>

@@ -157,8 +157,7 @@ struct ForwardPass {
         norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
         simple_rows(!c.features.zoneout_h.data && !c.features.zoneout_c.data && !c.cells.data &&
-                    !separate_operands && c.shape.proj_size == 0 && c.rounding == Rounding::kNone &&
-                    c.features.kept(c.shape.cell) == Cell::kNumSaved),
+                    !separate_operands && c.shape.proj_size == 0 && c.rounding == Rounding::kNone),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
@@ -419,8 +418,8 @@ struct ForwardPass {
     if (norm)
       for_row_groups(team, part, plan, [&](int d, int64_t, int64_t begin, int64_t end) {
         const int64_t t = step_at(shape, d == 1, s);
-        for (int64_t b = begin; b < end && b < shape.active(t); ++b)
-          norm_row(d, s, t, b, gx_row(d, t) + b);
+        if (end > shape.active(t)) end = shape.active(t);
+        norm_rows(d, s, t, begin, end, gx_row(d, t) + begin);
       });
     if (shape.proj_size > 0)
       for_tiles_of(team, part, s, projection_columns.panels(),
@@ -456,10 +455,11 @@ struct ForwardPass {
         const SimpleRows at = simple_rows_from(d, s, t, begin);
         if constexpr (kVectorRegisters >= 32)
           for (; r + 2 <= rows; r += 2)
-            simple_cell<Pair<T>>(at, panel, r, gx + r * gx_stride, gx_stride,
-                                 tile + r * tile_width);
+            simple_cell<false, Pair<T>>(at, panel, r, gx + r * gx_stride, gx_stride,
+                                        tile + r * tile_width, tile_width);
         for (; r < rows; ++r)
-          simple_cell<Vec<T>>(at, panel, r, gx + r * gx_stride, gx_stride, tile + r * tile_width);
+          simple_cell<false, Vec<T>>(at, panel, r, gx + r * gx_stride, gx_stride,
+                                     tile + r * tile_width, tile_width);
       }
     }
     for (; r < rows; ++r)
@@ -476,8 +476,8 @@ struct ForwardPass {
   // row. Only outputs may be in another order.
   struct SimpleRows {
     const T* h_prev;
-    T *h, *c, *y, *reserve;
-    int64_t hidden, y_stride;
+    T *h, *c, *y, *reserve, *unnormalized;
+    int64_t hidden, y_stride, reserve_stride;
     const int64_t* order;
 
     T* output(int64_t r) const { return y + (order ? order[r] : r) * y_stride; }
@@ -491,25 +491,37 @@ struct ForwardPass {
             (shape.order ? call.y.data + t * call.y.step_stride : call.y.at(shape, t, begin)) +
                 d * shape.hidden_size,
             reserve_row(d, t, begin),
+            w.unnormalized ? w.unnormalized + 2 * first : nullptr,
             hidden,
             call.y.row_stride,
+            features.kept(shape.cell) * hidden,
             shape.order ? shape.order + begin : nullptr};
   }
 
   // In cell_rows.h. The cell for row r of a panel, and where V is a pair for the next one, too.
-  template <class V>
+  // What its gates get from x_t, and from h_{t-1}: gx, gh. kNorm: the LSTM's output is made later,
+  // by norm_output.
+  template <bool kNorm, class V>
   void simple_cell(const SimpleRows& at, int64_t panel, int64_t r, const T* gx, int64_t gx_stride,
-                   const T* gh) const;
-  // The cell for one row of a panel, with all that may go on beyond it. What its gates get from
-  // x_t, and from h_{t-1}: gx, gh. kNorm: the LSTM's output is made later, by norm_output.
+                   const T* gh, int64_t gh_stride) const;
+  template <class V>
+  void simple_output(const SimpleRows& at, int64_t r, int64_t unit, V h) const;
+  // The cell for one row of a panel, with all that may go on beyond it.
   template <bool kNorm>
   void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b, const T* gx,
                 const T* gh) const;
 
   // In layer_norm.h.
-  void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const;
-  T normalize(T* row, const typename Direction::Norm& norm, T* kept) const;
-  void norm_output(int d, int64_t s, int64_t t, int64_t b, T* kept) const;
+  void norm_rows(int d, int64_t s, int64_t t, int64_t begin, int64_t end, int64_t gx_row) const;
+  template <class V>
+  void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row, const SimpleRows* simple,
+                int64_t r) const;
+  template <class V>
+  V normalize(T* row, int64_t stride, const typename Direction::Norm& norm, T* kept,
+              int64_t kept_stride) const;
+  template <class V>
+  void norm_output(int d, int64_t s, int64_t t, int64_t b, T* kept, int64_t kept_stride,
+                   const SimpleRows* simple, int64_t r) const;
 
   // In reset_before.h.
   void place_stages(int d, bool packed, Arena& arena);

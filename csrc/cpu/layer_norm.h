@@ -6,30 +6,42 @@
 #include "backward.h"
 #include "cell_rows.h"
 #include "forward.h"
+#include "pair.h"
 
 namespace rnn_ext::RNN_EXT_ISA {
 
 // The sum of all lanes of some vectors, in every lane. Several, because one sum after the other
 // would wait for each addition.
-template <class T, int kCount>
-RNN_EXT_INLINE Vec<T> sum_of_all(const Vec<T> (&parts)[kCount]) {
-  Vec<T> sum = parts[0];
+template <class T, class V, int kCount>
+RNN_EXT_INLINE V sum_of_all(const V (&parts)[kCount]) {
+  V sum = parts[0];
 #pragma GCC unroll 4
-  for (int i = 1; i < kCount; ++i) sum += parts[i];
-  return sum_of_lanes<T>(sum);
+  for (int i = 1; i < kCount; ++i) sum = sum + parts[i];
+  return each([](Vec<T> v) { return sum_of_lanes<T>(v); }, sum);
 }
 
-// 1 / standard deviation of n values, from the sum of their squared distances to the mean.
-template <class T>
-RNN_EXT_INLINE T inverse_deviation(Vec<T> squares, int64_t n, double eps) {
-  return T(1 / __builtin_sqrt(double(squares[0]) / double(n) + eps));
+// 1 / standard deviation of n values in every lane, from the sum of their squared distances to the
+// mean.
+template <class T, class V>
+RNN_EXT_INLINE V inverse_deviation(V squares, int64_t n, double eps) {
+  return each(
+      [=](Vec<T> sum) { return splat<T>(T(1 / __builtin_sqrt(double(sum[0]) / double(n) + eps))); },
+      squares);
 }
 
-// A row of one side's products (in panel order) becomes gain * x + bias, where x has mean 0 and
-// deviation 1; x goes to `kept` (G, padded(H)), null in inference. Returns 1 / deviation.
+template <class T, class V>
+RNN_EXT_INLINE V first_lanes_of_each(V v, int64_t n) {
+  return each([=](Vec<T> row) { return first_lanes<T>(row, n); }, v);
+}
+
+// A row of one side's products (in panel order), or two rows, become gain * x + bias, where x has
+// mean 0 and deviation 1; x goes to `kept` (G, padded(H)), null in inference. Returns
+// 1 / deviation.
 template <class P, class Cell>
-Value<P> ForwardPass<P, Cell>::normalize(T* row, const typename Direction::Norm& to,
-                                         T* kept) const {
+template <class V>
+RNN_EXT_INLINE V ForwardPass<P, Cell>::normalize(T* row, int64_t stride,
+                                                 const typename Direction::Norm& to, T* kept,
+                                                 int64_t kept_stride) const {
   const int64_t H = shape.hidden_size, hidden = padded(H);
   // visit(vector of the row, gate, unit): panels of several gates hold one vector of each.
   const auto for_vectors = [&](auto&& visit) {
@@ -38,73 +50,118 @@ Value<P> ForwardPass<P, Cell>::normalize(T* row, const typename Direction::Norm&
       for (int g = 0; g < kGates; ++g) visit(unit * kGates + g * kLanes<T>, g, unit);
     }
   };
-  Vec<T> sum[kGates] = {}, squares[kGates] = {};
-  for_vectors([&](int64_t i, int g, int64_t) { sum[g] += load(row + i); });  // 0 where no unit is
-  const Vec<T> mean = sum_of_all<T>(sum) / T(kGates * H);
-  for_vectors([&](int64_t i, int g, int64_t unit) {
-    const Vec<T> v = first_lanes<T>(load(row + i) - mean, H - unit);
-    squares[g] += v * v;
+  V sum[kGates] = {}, squares[kGates] = {};
+  for_vectors([&](int64_t i, int g, int64_t) {  // 0 where no unit is
+    sum[g] = sum[g] + load_rows<V>(row + i, stride);
   });
-  const T by = inverse_deviation<T>(sum_of_all<T>(squares), kGates * H, features.norm_eps);
+  const V mean = sum_of_all<T>(sum) / T(kGates * H);
   for_vectors([&](int64_t i, int g, int64_t unit) {
-    const Vec<T> x = first_lanes<T>((load(row + i) - mean) * by, H - unit);
-    if (kept) store(kept + g * hidden + unit, x);
-    store(row + i, x * load(to.gain + i) + load(to.bias + i));
+    const V v = first_lanes_of_each<T>(load_rows<V>(row + i, stride) - mean, H - unit);
+    squares[g] = squares[g] + v * v;
+  });
+  const V by = inverse_deviation<T>(sum_of_all<T>(squares), kGates * H, features.norm_eps);
+  for_vectors([&](int64_t i, int g, int64_t unit) {
+    const V x = first_lanes_of_each<T>((load_rows<V>(row + i, stride) - mean) * by, H - unit);
+    if (kept) store_rows(kept + g * hidden + unit, kept_stride, x);
+    const Vec<T> gain = load(to.gain + i), bias = load(to.bias + i);
+    store_rows(row + i, stride, each([=](Vec<T> x) { return x * gain + bias; }, x));
   });
   return by;
 }
 
-// Normalization of a row's products on both sides, then the cell.
+// The second part of a step for some rows, which stand one after the other in gx.
 template <class P, class Cell>
-void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row) const {
+void ForwardPass<P, Cell>::norm_rows(int d, int64_t s, int64_t t, int64_t begin, int64_t end,
+                                     int64_t gx_row) const {
+  int64_t b = begin;
+  if constexpr (kValuesAreOperands) {
+    if (simple_rows && b < end && !any_starts_anew(d, t, b, end - b)) {
+      const SimpleRows at = simple_rows_from(d, s, t, begin);
+      if constexpr (kVectorRegisters >= 32)
+        for (; b + 2 <= end; b += 2)
+          norm_row<Pair<T>>(d, s, t, b, gx_row + b - begin, &at, b - begin);
+      for (; b < end; ++b) norm_row<Vec<T>>(d, s, t, b, gx_row + b - begin, &at, b - begin);
+    }
+  }
+  for (; b < end; ++b) norm_row<Vec<T>>(d, s, t, b, gx_row + b - begin, nullptr, 0);
+}
+
+// Normalization of a row's products on both sides, or two rows', then the cell. `simple`: where the
+// values of simple rows are, of which this is the r-th; null: the row may have more to do.
+template <class P, class Cell>
+template <class V>
+void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row,
+                                    const SimpleRows* simple, int64_t r) const {
   const Direction& w = directions[d];
   const int64_t hidden = padded(shape.hidden_size), width = columns.width();
-  T* const gh = w.gh + b * width;
+  const int64_t kept_stride = features.kept(shape.cell) * hidden;
+  T *const gh = w.gh + b * width, *const gx = w.gx + gx_row * width;
   T* const reserve = reserve_row(d, t, b);
   T* const of_h = reserve ? reserve + features.kept_of_cell(shape.cell) * hidden : nullptr;
   T* const of_x = reserve ? of_h + kGates * hidden : nullptr;
-  const T by_h = normalize(gh, w.norm_hh, of_h);
-  const T by_x = normalize(w.gx + gx_row * width, w.norm_ih, of_x);
+  V by_h = normalize<V>(gh, width, w.norm_hh, of_h, kept_stride);
+  V by_x = normalize<V>(gx, width, w.norm_ih, of_x, kept_stride);
   T* const kept = reserve ? of_x + kGates * hidden : nullptr;
   if (kept) {
-    zero_row(kept, hidden);
-    kept[0] = by_h;
-    kept[1] = by_x;
+    for_each_vector(by_h, [&](int i, Vec<T>& by) {
+      zero_row(kept + i * kept_stride, hidden);
+      kept[i * kept_stride] = by[0];
+    });
+    for_each_vector(by_x, [&](int i, Vec<T>& by) { kept[i * kept_stride + 1] = by[0]; });
   }
-  for (int64_t panel = 0; panel < columns.panels(); ++panel)
-    cell_row<true>(d, panel, s, t, b, w.gx + gx_row * width + columns.column(panel),
-                   gh + columns.column(panel));
-  if constexpr (Cell::kHasCellState) norm_output(d, s, t, b, kept);
+  for (int64_t panel = 0; panel < columns.panels(); ++panel) {
+    const int64_t column = columns.column(panel);
+    if constexpr (kValuesAreOperands) {
+      if (simple) {
+        simple_cell<true, V>(*simple, panel, r, gx + column, width, gh + column, width);
+        continue;
+      }
+    }
+    cell_row<true>(d, panel, s, t, b, gx + column, gh + column);
+  }
+  if constexpr (Cell::kHasCellState) norm_output<V>(d, s, t, b, kept, kept_stride, simple, r);
 }
 
 // h_t = o * tanh(normalized c_t); its mean and 1 / deviation go to kept[2], kept[3].
 template <class P, class Cell>
-void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t, int64_t b, T* kept) const {
+template <class V>
+RNN_EXT_INLINE void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t, int64_t b,
+                                                      T* kept, int64_t kept_stride,
+                                                      const SimpleRows* simple, int64_t r) const {
   const Direction& w = directions[d];
-  const VectorMath<T> math{call.linear_activations};
-  const int64_t H = shape.hidden_size, hidden = padded(H);
-  const T* const o = w.unnormalized + b * 2 * hidden;
+  const VectorMath<T, V> math{call.linear_activations};
+  const int64_t H = shape.hidden_size, hidden = padded(H), stride = 2 * hidden;
+  const T* const o = w.unnormalized + b * stride;
   const T* const c = o + hidden;
-  Vec<T> sum = {}, squares = {};
-  for (int64_t unit = 0; unit < H; unit += kLanes<T>) sum += load(c + unit);
-  const Vec<T> mean = sum_of_lanes<T>(sum) / T(H);
+  V sum[1] = {}, squares[1] = {};
+  for (int64_t unit = 0; unit < H; unit += kLanes<T>)
+    sum[0] = sum[0] + load_rows<V>(c + unit, stride);
+  V mean = sum_of_all<T>(sum) / T(H);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
-    const Vec<T> v = first_lanes<T>(load(c + unit) - mean, H - unit);
-    squares += v * v;
+    const V v = first_lanes_of_each<T>(load_rows<V>(c + unit, stride) - mean, H - unit);
+    squares[0] = squares[0] + v * v;
   }
-  const T by = inverse_deviation<T>(sum_of_lanes<T>(squares), H, features.norm_eps);
+  V by = inverse_deviation<T>(sum_of_all<T>(squares), H, features.norm_eps);
   if (kept) {
-    kept[2] = mean[0];
-    kept[3] = by;
+    for_each_vector(mean, [&](int i, Vec<T>& of_row) { kept[i * kept_stride + 2] = of_row[0]; });
+    for_each_vector(by, [&](int i, Vec<T>& of_row) { kept[i * kept_stride + 3] = of_row[0]; });
   }
   const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
-  const Beyond beyond = beyond_plain(d, t, b);
-  T* y = call.y.at(shape, t, b) + d * H;
+  const Beyond beyond = simple ? Beyond{} : beyond_plain(d, t, b);
+  T* y = simple ? nullptr : call.y.at(shape, t, b) + d * H;
   for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
-    const Vec<T> v = (load(c + unit) - mean) * by;
-    const Vec<T> h = load(o + unit) * math.tanh(v * row_vector(features.norm_c[d], unit, H) +
-                                                row_vector(features.norm_c_bias[d], unit, H));
-    emit_h(d, s, b, unit, beyond.next_h(h, load(h_prev + unit), unit, H), beyond, y);
+    const V v = (load_rows<V>(c + unit, stride) - mean) * by;
+    const Vec<T> gain = row_vector(features.norm_c[d], unit, H),
+                 bias = row_vector(features.norm_c_bias[d], unit, H);
+    V h = load_rows<V>(o + unit, stride) *
+          math.tanh(each([=](Vec<T> x) { return x * gain + bias; }, v));
+    if (simple) {
+      simple_output(*simple, r, unit, h);
+      continue;
+    }
+    for_each_vector(h, [&](int, Vec<T>& of_row) {
+      emit_h(d, s, b, unit, beyond.next_h(of_row, load(h_prev + unit), unit, H), beyond, y);
+    });
   }
 }
 

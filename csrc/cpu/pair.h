@@ -53,4 +53,16 @@ RNN_EXT_INLINE void for_each_vector(Pair<T>& x, Visit&& visit) {
   visit(1, x.second);
 }
 
+// A vector of a row, or one each of two rows that are `stride` apart.
+template <class V, class T>
+RNN_EXT_INLINE V load_rows(const T* first, int64_t stride) {
+  V rows;
+  for_each_vector(rows, [&](int i, Vec<T>& row) { row = load(first + i * stride); });
+  return rows;
+}
+template <class T, class V>
+RNN_EXT_INLINE void store_rows(T* first, int64_t stride, V rows) {
+  for_each_vector(rows, [&](int i, Vec<T>& row) { store(first + i * stride, row); });
+}
+
 }  // namespace rnn_ext::RNN_EXT_ISA
