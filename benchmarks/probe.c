@@ -94,21 +94,26 @@ typedef struct Job {
 
 static volatile double sink;
 
-#define DEFINE_FMA(NAME, VECTOR, SCALAR)                                                     \
-  static double NAME(const Job* job) {                                                       \
-    (void)job;                                                                               \
-    enum { ROUNDS = 4096 };                                                                  \
-    VECTOR chain[CHAINS];                                                                    \
-    const VECTOR factor = (VECTOR){0} + (SCALAR)0.5;                                         \
-    const VECTOR addend = (VECTOR){0} + (SCALAR)0.25;                                        \
-    _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) chain[i] = addend * (SCALAR)i; \
-    for (int round = 0; round < ROUNDS; ++round)                                             \
-      _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) chain[i] =                   \
-          chain[i] * factor + addend;                                                        \
-    VECTOR total = chain[0];                                                                 \
-    for (int i = 1; i < CHAINS; ++i) total += chain[i];                                      \
-    sink = (double)total[0];                                                                 \
-    return 2.0 * ROUNDS * CHAINS * (double)(sizeof(VECTOR) / sizeof(SCALAR));                \
+/* The numbers come from outside: of constants a compiler finds that some chains stay what they are,
+ * and drops them (of 12 chains from i/4 with x/2 + 1/4 GCC 12 left 11 to do). */
+static volatile double outside[] = {0.5, 0.25};
+
+#define DEFINE_FMA(NAME, VECTOR, SCALAR)                                      \
+  static double NAME(const Job* job) {                                        \
+    (void)job;                                                                \
+    enum { ROUNDS = 4096 };                                                   \
+    VECTOR chain[CHAINS];                                                     \
+    const VECTOR factor = (VECTOR){0} + (SCALAR)outside[0];                   \
+    const VECTOR addend = (VECTOR){0} + (SCALAR)outside[1];                   \
+    _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) chain[i] =      \
+        (VECTOR){0} + (SCALAR)outside[1];                                     \
+    for (int round = 0; round < ROUNDS; ++round)                              \
+      _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) chain[i] =    \
+          chain[i] * factor + addend;                                         \
+    VECTOR total = chain[0];                                                  \
+    for (int i = 1; i < CHAINS; ++i) total += chain[i];                       \
+    sink = (double)total[0];                                                  \
+    return 2.0 * ROUNDS * CHAINS * (double)(sizeof(VECTOR) / sizeof(SCALAR)); \
   }
 
 DEFINE_FMA(fma_f32, vector_f32, float)
