@@ -121,8 +121,8 @@ struct Part {
 };
 
 // Calls job(direction, panel, first batch row, the panel likely to be next or -1) for the part's
-// tiles: panel after panel, all blocks of each. Without divisions where there is one block: the jobs
-// of a step at batch 1 are so short that they would wait for them.
+// tiles: panel after panel, all blocks of each. Without divisions where there is one block: the
+// jobs of a step at batch 1 are so short that they would wait for them.
 template <class Job>
 void for_tiles(Member& team, const Part& part, const Plan& plan, int64_t panels, Job&& job) {
   team.for_each(part.jobs(panels), [&](int64_t i) {
