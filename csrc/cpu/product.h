@@ -57,8 +57,9 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t ro
     }
   }
   int64_t k = 0;
-  // Half as many additions to addresses, which take turns with the multiply-adds.
-#pragma GCC unroll 2
+  // Half as many additions to addresses, which take turns with the multiply-adds. Where registers
+  // are few GCC would fill them with what the second k needs, and spill a sum.
+#pragma GCC unroll(kVectorRegisters >= 32 ? 2 : 1)
   for (; k + kUnroll <= depth; k += kUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
@@ -68,8 +69,9 @@ RNN_EXT_INLINE void multiply_tile(int64_t depth, const Element<P>* a, int64_t ro
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         column[v] = load(b + u * kWidth + v * kLanes<T>);
-        // Once for all rows: GCC would read it again for each.
-        if constexpr (kRows > 1) column[v] = in_register(column[v]);
+        // Once for all rows, if there is room: GCC would read it again for each.
+        if constexpr (kRows > 1 && kRows * kVectors + kVectors < kVectorRegisters)
+          column[v] = in_register(column[v]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
