@@ -382,10 +382,14 @@ def test_bfloat16_model_is_the_same_without_bf16_products(cell: str, name: str, 
     config = Config(cell, dtype=torch.bfloat16, **CONFIGS[name])
     module, call = make_module(config), make_call(config)
     ours = evaluate(module, call)
+    rows = _C.cpu_info()["bf16_products_rows"]
     _C.set_cpu_isa(isa)
     fallback = evaluate(module, call)
     assert max(distances(ours, fallback).values()) <= 2**-7
-    assert not all(same_bits(ours, fallback)), "no product of bfloat16 operands was made"
+    if config.batch <= rows:
+        assert not all(same_bits(ours, fallback)), "no product of bfloat16 operands was made"
+    elif isa == "avx512":
+        assert all(same_bits(ours, fallback)), "products of float32 are faster on this processor"
 
 
 @each_cell

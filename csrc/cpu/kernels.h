@@ -33,6 +33,8 @@ struct Kernels {
   KernelsOf<double> f64;
   // Products of bfloat16 operands; null where the instruction set has none.
   const KernelsOf<float>* bf16_products;
+  // Up to how many batch rows they are faster than those of float32.
+  int64_t bf16_products_rows = INT64_MAX;
 
   template <class T>
   const KernelsOf<T>& of() const {

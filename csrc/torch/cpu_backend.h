@@ -63,11 +63,12 @@ Plan plan_on(Threads threads, const SequenceShape& shape, bool backward, bool bf
   return plan;
 }
 
-// Does this call round what its products read to bfloat16? Models of that type do; for float32 it
-// is the user's choice, torch.backends.mkldnn.rnn.fp32_precision or, where that is not set, what
-// torch.set_float32_matmul_precision chose for products ("medium").
-inline bool bf16_products(at::ScalarType dtype) {
-  if (dtype != at::kFloat) return dtype == at::kBFloat16;
+// Does this call multiply in bfloat16? Models of that type have nothing to round and do so where it
+// is faster; for float32 it is the user's choice, torch.backends.mkldnn.rnn.fp32_precision or,
+// where that is not set, what torch.set_float32_matmul_precision chose for products ("medium").
+inline bool bf16_products(at::ScalarType dtype, int64_t batch) {
+  if (dtype != at::kFloat)
+    return dtype == at::kBFloat16 && batch <= current_kernels().bf16_products_rows;
   const at::Context& context = at::globalContext();
   using Precision = at::Float32Precision;
   auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN);
@@ -95,7 +96,8 @@ Wavefront wavefront_of(const Problem& p, at::ScalarType dtype, int threads) {
   if (o.num_layers < 2 || o.drops()) return {};
   std::vector<SequenceShape> shapes;
   for (int64_t layer = 0; layer < o.num_layers; ++layer) shapes.push_back(p.layer_shape(layer));
-  return plan_stack<T>(shapes.data(), int(o.num_layers), threads, bf16_products(dtype));
+  return plan_stack<T>(shapes.data(), int(o.num_layers), threads,
+                       bf16_products(dtype, shapes[0].batch));
 }
 
 // Half precision is widened: the engine computes in float or double throughout.
@@ -115,7 +117,7 @@ class CpuBackend {
   void run(ForwardCall<T>& call) {
     if (!started_) start();
     call.rounding = rounding_of(dtype_);
-    call.bf16_products = bf16_products(dtype_);
+    call.bf16_products = bf16_products(dtype_, call.shape.batch);
     if (wave_.threads > 1) {
       waiting_.push_back(call);
       return;
@@ -169,7 +171,7 @@ class CpuBackend {
  private:
   template <class Call>
   Plan plan_any(Call& call, bool backward) const {
-    call.bf16_products = bf16_products(dtype_);
+    call.bf16_products = bf16_products(dtype_, call.shape.batch);
     return plan_on<T>(threads_of_call(), call.shape, backward, call.bf16_products,
                       call.features.two_parts());
   }

@@ -83,6 +83,7 @@ py::dict cpu_info() {
   info["isa"] = current_kernels().name;
   info["available"] = available_isas();
   info["bf16_products"] = current_kernels().bf16_products != nullptr;
+  info["bf16_products_rows"] = current_kernels().bf16_products_rows;
   info["num_threads"] = at::get_num_threads();
   return info;
 }
