@@ -48,6 +48,7 @@ struct BackwardPass : private ChunkLayout {
 
   struct Direction {
     Element* w_hh;  // panels of (G*H, R)
+    Element* w_ih;  // panels of (G*H, I), null where they are not packed once for all chunks
     Element* w_hr;  // panels of (P, H)
     T* dgx[2];  // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last;
                 // a group's rows after another's
@@ -84,7 +85,7 @@ struct BackwardPass : private ChunkLayout {
   const bool splits;  // do gradients of the gates' input side and recurrent side differ?
   Columns<T> state_columns, input_columns, hidden_columns;
   Direction directions[kMaxDirections];
-  Element* w_ih = nullptr;  // a panel of (G*H, I) per member of the team, only for dx
+  Element* member_panels = nullptr;  // a panel of W_ih per member of the team, where it is not
   size_t workspace_bytes;
 
   BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
@@ -118,6 +119,9 @@ struct BackwardPass : private ChunkLayout {
       Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
       w.w_hh = take_elements(state_columns.size(gate_depth()));
+      // One chunk needs every panel once: a copy of all of them would only count in peak memory.
+      const bool one_chunk = plan.chunk_steps >= shape.steps;
+      w.w_ih = take_elements(input_columns.size(gate_depth()), call.dx.data && !one_chunk);
       w.w_hr = take_elements(hidden_columns.size(elements<P>(shape.proj_size)), project);
       const GateGradients<T>& gates = call.gates[d];
       for (int i = 0; i < 2; ++i) {
@@ -184,14 +188,18 @@ struct BackwardPass : private ChunkLayout {
     // on by itself.
     if (groups == 1) arena.rewind(mark);
     const int64_t packers = plan.threads > groups ? plan.threads : groups;
-    if (call.dx.data) w_ih = arena.take<Element>(packers * gate_depth() * Columns<T>::kWidth);
+    if (call.dx.data && !directions[0].w_ih)
+      member_panels = arena.take<Element>(packers * gate_depth() * Columns<T>::kWidth);
     workspace_bytes = arena.bytes();
   }
 
   // Positions [from, to). Runs follow each other in order; all that outlives one is in the
   // workspace.
   void run(Member& team, int64_t from, int64_t to) const {
-    if (from == 0) prepare(team);
+    if (from == 0) {
+      prepare(team);
+      pack_input_weights(team);
+    }
     // Whole groups each: a member makes the products of its own rows, too.
     const bool apart = plan.shares > 0 && groups > 1 && groups % plan.shares == 0;
     for (int64_t s = from; s < to;) {
@@ -221,6 +229,7 @@ struct BackwardPass : private ChunkLayout {
 
   // What is left to do where call.known has the gate gradients: the products over all rows.
   void run_known(Member& team) const {
+    pack_input_weights(team);
     for (int64_t s = 0; s < shape.steps; s += plan.chunk_steps) {
       const int64_t end = s + plan.chunk_steps < shape.steps ? s + plan.chunk_steps : shape.steps;
       const int64_t blocks = blocks_of(max_chunk_rows(shape, plan), kMaxRowBlock);
@@ -283,6 +292,16 @@ struct BackwardPass : private ChunkLayout {
         if (norm && Cell::kHasCellState) zero_row(sums, row_groups(shape, plan) * H);
       if (g.reset_h) zero_row(g.reset_h, shape.batch * R);
       if (g.reset_c) zero_row(g.reset_c, shape.batch * H);
+    });
+  }
+
+  void pack_input_weights(Member& team) const {
+    if (!directions[0].w_ih) return;
+    const int64_t panels = input_columns.panels();
+    team.for_each(shape.directions * panels, [&](int64_t i) {
+      const DirectionWeights<T>& from = call.weights[i / panels];
+      pack(from.w_ih, from.ld_ih, gate_rows, input_columns, i % panels,
+           directions[i / panels].w_ih);
     });
   }
 
@@ -625,7 +644,7 @@ struct BackwardPass : private ChunkLayout {
   void add_groups(Member& team) const;
   void input_gradient(Member& team, int d, int64_t s, int64_t end, const Groups& own) const;
   void input_tile(int d, int64_t panel, const Element* packed, const Section& section,
-                  int64_t begin, int64_t s) const;
+                  int64_t begin, int64_t s, const Element* ahead) const;
   bool other_was_here(int d, int64_t t, int64_t chunk) const;
 
   // In reset_before.h.

@@ -32,7 +32,10 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::simple_cell(const SimpleRows& at, int6
       if (kNorm && Cell::kReadsOutput) store_rows(reserve, at.reserve_stride, out);
 #pragma GCC unroll 8
       for (int i = 0; i < kSaved; ++i)
-        store_rows(reserve + i * at.hidden, at.reserve_stride, saved[i]);
+        for_each_vector(saved[i], [&](int k, Vec<T>& row) {
+          T* const to = reserve + i * at.hidden + k * at.reserve_stride;
+          streams_reserve ? stream(to, row) : store(to, row);
+        });
     }
     if constexpr (kNorm && Cell::kHasCellState) {
       T* const kept = at.unnormalized + 2 * before + unit;

@@ -33,13 +33,21 @@ std::vector<const Kernels*> runnable_kernels() {
 #endif
 #if defined(RNN_EXT_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    kernels.push_back(&avx512::kKernels);
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    static const Kernels avx512 = [] {
+      Kernels copy = avx512::kKernels;
+      // Where the last level of cache is slow; elsewhere not measured.
+      if (__builtin_cpu_is("intel")) copy.streamed_reserve_bytes = 6 << 20;
+      return copy;
+    }();
+    kernels.push_back(&avx512);
+  }
 #endif
 #if defined(RNN_EXT_HAVE_AVX512_BF16)
-  if (kernels.back() == &avx512::kKernels && __builtin_cpu_supports("avx512bf16")) {
-    static const Kernels with_bf16 = [] {
-      Kernels copy = avx512::kKernels;
+  const Kernels& widest = *kernels.back();
+  if (widest.vector_bytes == 64 && __builtin_cpu_supports("avx512bf16")) {
+    static const Kernels with_bf16 = [&] {
+      Kernels copy = widest;
       copy.name = "avx512_bf16";
       copy.bf16_products = &avx512_bf16::kBFloat16Products;
       // Intel's vdpbf16ps has half the multiply-adds of float32, which leaves the shorter reads.
@@ -48,8 +56,8 @@ std::vector<const Kernels*> runnable_kernels() {
     }();
     kernels.push_back(&with_bf16);
 #if defined(RNN_EXT_HAVE_AMX)
-    static const Kernels with_amx = [] {
-      Kernels copy = avx512::kKernels;
+    static const Kernels with_amx = [&] {
+      Kernels copy = widest;
       copy.name = "amx";
       copy.bf16_products = &amx::kBFloat16Products;
       return copy;

@@ -64,7 +64,8 @@ PlanInput plan_input(const SequenceShape& shape, bool backward, int max_threads,
           backward,
           sizeof(T) == sizeof(float) && bf16_products && kernels.bf16_products,
           max_threads,
-          two_parts};
+          two_parts,
+          kernels.streamed_reserve_bytes};
 }
 
 // A few rows are not worth packing, and without packing operands stay as they are.

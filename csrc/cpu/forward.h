@@ -133,6 +133,8 @@ struct ForwardPass {
   const bool two_stages;  // GruResetBefore
   // Does a row's step do nothing but the cell, unless an episode ends?
   const bool simple_rows;
+  // Is what is kept for the way back more than the caches would keep until then?
+  bool streams_reserve;
   GateColumns<T, kGates> columns;
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
@@ -161,6 +163,8 @@ struct ForwardPass {
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
+    streams_reserve =
+        kStreams && reserve_is_aligned() && !norm && reserve_bytes() >= plan.streamed_reserve_bytes;
     project_in_step = plan.project_in_step && !norm && !two_stages && !shape.order;
     gather =
         !kValuesAreOperands ||
@@ -222,6 +226,7 @@ struct ForwardPass {
     project_input(team, s, end);
     for_steps(team, shape, plan, s, end,
               [&](Member& member, const Part& part, int64_t i) { step(member, part, i, s, end); });
+    if (streams_reserve) flush_streams();
     if (end == last) team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
 
@@ -232,6 +237,18 @@ struct ForwardPass {
   int64_t hidden_depth() const { return elements<P>(shape.hidden_size); }
   int64_t member_panel_size() const {
     return kPanelVectors * kLanes<T> * elements<P>(shape.input_size);
+  }
+
+  bool reserve_is_aligned() const {
+    for (int d = 0; d < shape.directions; ++d)
+      if (!call.reserve[d] || reinterpret_cast<uintptr_t>(call.reserve[d]) % kVectorBytes)
+        return false;
+    return true;
+  }
+  int64_t reserve_bytes() const {
+    const int64_t steps = features.end(shape) - features.first_position;
+    return shape.directions * steps * shape.batch * features.kept(shape.cell) *
+           padded(shape.hidden_size) * int64_t(sizeof(T));
   }
 
   void prepare(Member& team) const {

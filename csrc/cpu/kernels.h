@@ -35,6 +35,8 @@ struct Kernels {
   const KernelsOf<float>* bf16_products;
   // Up to how many batch rows they are faster than those of float32.
   int64_t bf16_products_rows = INT64_MAX;
+  // Plan::streamed_reserve_bytes
+  int64_t streamed_reserve_bytes = INT64_MAX;
 
   template <class T>
   const KernelsOf<T>& of() const {

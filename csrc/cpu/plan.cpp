@@ -31,7 +31,8 @@ constexpr int64_t kRowsOfAShareOfLargeWeights = 16;
 constexpr double kBytesOfBothWeights = kOwnCacheBytes * 3 / 4;
 constexpr int64_t kRowsOfBothWeights = 16;
 constexpr int64_t kMostTimesOfBothWeights = 4;
-constexpr int64_t kMostGroups = 4;     // each has gradients of its own
+constexpr int64_t kMostGroups = 4;  // each has gradients of its own: not of larger weights than
+constexpr double kGroupedWeightsBytes = 2 * kOwnCacheBytes;
 constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,17 +81,22 @@ Plan make_plan(const PlanInput& input) {
   plan.packed_recurrent = plan.packed_weights && (input.backward || batch > 1 ||
                                                   s.state_size() < kLongRow || input.bf16_products);
 
-  // By the shape alone, too: it is an order of summation. Gradients of one more group are to stay
-  // in a core's own cache.
+  // By the shape alone, too: it is an order of summation.
   const double inputs = double(gates) * s.hidden_size * s.input_size;
+  const double both_bytes = (weights + inputs) * input.element_bytes;
+  const bool exceeds_own_cache = both_bytes > kOwnCacheBytes;
   if (input.backward && !s.batch_sizes && s.proj_size == 0 && s.directions == 1 &&
-      batch >= 2 * least && (weights + inputs) * input.element_bytes <= kOwnCacheBytes)
+      batch >= 2 * least && both_bytes <= kGroupedWeightsBytes)
     plan.groups = std::min(blocks, kMostGroups);
+
+  // With small weights the caches have nothing better to hold.
+  if (exceeds_own_cache) plan.streamed_reserve_bytes = input.streamed_reserve_bytes;
 
   const int64_t row_bytes = gates * padded(s.hidden_size) * input.element_bytes;
   if (input.backward) {
     const bool large_gradients = row_bytes * (s.input_size + s.state_size()) > kLargeGradients;
-    const int64_t rows = kBackwardChunkRows * (large_gradients || plan.groups > 2 ? 2 : 1);
+    const bool large_groups = plan.groups > (exceeds_own_cache ? 1 : 2);
+    const int64_t rows = kBackwardChunkRows * (large_gradients || large_groups ? 2 : 1);
     plan.chunk_steps = ceil_div(rows, batch);
   } else {
     plan.chunk_steps = kForwardChunkBytes / std::max<int64_t>(row_bytes * batch, 1);

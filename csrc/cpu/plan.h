@@ -31,6 +31,8 @@ struct Plan {
   int64_t groups = 1;
   // Where the team shares every step: one direction through the whole chunk, then the other?
   bool directions_in_turn = false;
+  // Forward only: from how much on what it keeps for the way back is written past the caches.
+  int64_t streamed_reserve_bytes = INT64_MAX;
   // Is this one thread where there would be a team, had the governor not held it back?
   bool stands_in = false;
   double step_seconds = 0;   // predicted, of one thread
@@ -46,6 +48,7 @@ struct PlanInput {
   bool bf16_products = false;
   int max_threads = 1;
   bool two_parts = false;  // Features::two_parts
+  int64_t streamed_reserve_bytes = INT64_MAX;
 };
 
 Plan make_plan(const PlanInput& input);

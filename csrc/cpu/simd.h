@@ -64,6 +64,22 @@ template <class T>
 RNN_EXT_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::loose*>(p) = v;
 }
+// Past the caches where a vector is a whole line of them; elsewhere a line would go out in pieces.
+// `p` is aligned to the vector. Others see it after flush_streams().
+inline constexpr bool kStreams = kVectorBytes == 64;
+template <class T>
+RNN_EXT_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#else
+  store(p, v);
+#endif
+}
+inline void flush_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 // The first n lanes (0 < n < kLanes); the others read as zero and are not written. Where there are
 // masks: a copy of a length that is not known is a call of memcpy, at the end of every row.
 #if defined(__AVX512F__)

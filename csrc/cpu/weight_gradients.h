@@ -261,8 +261,7 @@ void BackwardPass<P, Cell>::add_groups(Member& team) const {
 }
 
 // dx = dgx W_ih. Of two directions the one that reaches a step first writes, the other adds: a
-// sum of two terms is the same either way. Their chunks run in separate phases. A job packs the
-// panel it needs into its member's own space: a copy of all of W_ih would count in peak memory.
+// sum of two terms is the same either way. Their chunks run in separate phases.
 template <class P, class Cell>
 void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64_t end,
                                            const Groups& own) const {
@@ -274,23 +273,36 @@ void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64
   }
   const int64_t of_group = blocks_of(largest, kMaxRowBlock), blocks = own.count * of_group;
   const int64_t panels = input_columns.panels();
-  const int64_t most = blocks_of(team.members(), panels);  // fewer panels than members: share them
+  const Element* const panels_of_all = directions[d].w_ih;
+  // Each member takes a share of the rows through all panels, or, where it packs them, all rows
+  // through some panels, unless these are too few.
+  const int64_t most = panels_of_all ? team.members() : blocks_of(team.members(), panels);
   const int64_t shares = most < blocks ? most : blocks;
   const int64_t packer = own.packer < 0 ? team.id() : own.packer;
-  Element* panel_of_member = w_ih + packer * gate_depth() * Columns<T>::kWidth;
+  Element* const panel_of_member = member_panels + packer * gate_depth() * Columns<T>::kWidth;
+  const auto panel_at = [&](int64_t panel) {
+    return panels_of_all + input_columns.offset(panel, gate_depth());
+  };
   team.for_each(panels * shares, [&](int64_t i) {
-    const int64_t panel = i / shares, share = i % shares;
+    const int64_t share = i / panels, panel = i % panels, next = panel + team.after(i) - i;
     const DirectionWeights<T>& from = call.weights[d];
-    pack_panel(from.w_ih, from.ld_ih, gate_rows, input_columns, panel, panel_of_member);
-    for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block)
-      input_tile(d, panel, panel_of_member, section(d, s, end, own.first + block / of_group),
-                 block % of_group * kMaxRowBlock, s);
+    if (!panels_of_all)
+      pack_panel(from.w_ih, from.ld_ih, gate_rows, input_columns, panel, panel_of_member);
+    const Element* const packed = panels_of_all ? panel_at(panel) : panel_of_member;
+    const bool known = panels_of_all && next >= 0 && next < panels &&
+                       input_columns.vectors(next) >= input_columns.vectors(panel);
+    const int64_t last = blocks * (share + 1) / shares;
+    for (int64_t block = blocks * share / shares; block < last; ++block)
+      input_tile(d, panel, packed, section(d, s, end, own.first + block / of_group),
+                 block % of_group * kMaxRowBlock, s,
+                 known && block + 1 == last ? panel_at(next) : nullptr);
   });
 }
 
 template <class P, class Cell>
 void BackwardPass<P, Cell>::input_tile(int d, int64_t panel, const Element* packed,
-                                       const Section& section, int64_t begin, int64_t s) const {
+                                       const Section& section, int64_t begin, int64_t s,
+                                       const Element* ahead) const {
   const int64_t rest = section.rows - begin, rows = rest < kMaxRowBlock ? rest : kMaxRowBlock;
   if (rows <= 0) return;
   const int64_t first = input_columns.first(panel), chunk = s / plan.chunk_steps;
@@ -299,7 +311,7 @@ void BackwardPass<P, Cell>::input_tile(int d, int64_t panel, const Element* pack
   alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
   const Element* dg = directions[d].dgx_operand[slot(s)] + (section.base + begin) * gate_depth();
   multiply_panel<P>(vectors, rows, gate_depth(), {dg, gate_depth()}, packed, nullptr, 0, tile,
-                    width);
+                    width, ahead);
   for_rows_of(section, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {
     const bool add = shape.directions == 2 && other_was_here(d, t, chunk);
     T* dx = call.dx.at(shape, t, b) + first;

@@ -100,6 +100,7 @@ struct Setting {
   int64_t shares = 0;
   int project_in_step = -1;  // -1: as planned
   bool directions_in_turn = false;
+  bool streams_reserve = false;  // true: however little it is
 };
 
 template <class T>
@@ -192,6 +193,7 @@ void run_call(const Call& call, bool backward, const Setting& setting) {
   if (setting.packed_weights >= 0) plan.packed_weights = setting.packed_weights != 0;
   if (setting.project_in_step >= 0) plan.project_in_step = setting.project_in_step != 0;
   if (!plan.packed_weights) plan.project_in_step = false;
+  if (setting.streams_reserve) plan.streamed_reserve_bytes = 0;
   if (setting.packed_recurrent >= 0) plan.packed_recurrent = setting.packed_recurrent != 0;
   const size_t bytes = workspace_bytes(call, plan);
   void* memory = nullptr;
@@ -225,6 +227,15 @@ T* allocate(std::vector<T>& array, int64_t size) {
   return array.data();
 }
 
+// As aligned as the engine's memory, which it may make use of.
+template <class T>
+T* allocate_aligned(std::vector<T>& array, int64_t size) {
+  constexpr size_t kAlignment = 64;
+  void* at = allocate(array, size + int64_t(kAlignment / sizeof(T)));
+  size_t space = array.size() * sizeof(T);
+  return static_cast<T*>(std::align(kAlignment, size_t(size) * sizeof(T), at, space));
+}
+
 template <class T>
 struct Forward {
   Outputs outputs;
@@ -246,16 +257,18 @@ Forward<T> run_forward(const Layer& layer, const Setting& setting = {}) {
   View<T> x(s, setting, s.input_size, layer.x), y(s, setting, s.directions * R);
   call.x = {inputs.add(x.data), x.step_stride, x.row_stride};
   call.y = y.rows();
-  std::vector<T> h_n[kMaxDirections], c_n[kMaxDirections];
+  std::vector<T> h_n[kMaxDirections], c_n[kMaxDirections], reserve[kMaxDirections];
+  const int64_t saved = s.rows() * num_saved(s.cell) * padded(s.hidden_size);
   for (int d = 0; d < s.directions; ++d) {
     call.h_0[d] = inputs.add(layer.directions[d].h_0, R);
     call.c_0[d] = inputs.add(layer.directions[d].c_0, s.hidden_size);
     call.h_n[d] = allocate(h_n[d], s.batch * R);
     if (s.cell == CellKind::kLstm) call.c_n[d] = allocate(c_n[d], s.batch * s.hidden_size);
-    const int64_t saved = s.rows() * num_saved(s.cell) * padded(s.hidden_size);
-    if (setting.training && saved > 0) call.reserve[d] = allocate(result.reserve[d], saved);
+    if (setting.training && saved > 0) call.reserve[d] = allocate_aligned(reserve[d], saved);
   }
   run_call<T>(call, false, setting);
+  for (int d = 0; d < s.directions; ++d)
+    if (call.reserve[d]) result.reserve[d].assign(call.reserve[d], call.reserve[d] + saved);
   inputs.check_unmodified();
   result.outputs.y = y.dense();
   for (int d = 0; d < s.directions; ++d) {

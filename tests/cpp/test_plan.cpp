@@ -146,6 +146,25 @@ TEST(directions_in_turn) {
   CHECK(!make_plan(in).directions_in_turn);
 }
 
+// Gradients of larger weights are not worth a copy for each group.
+TEST(groups_of_rows) {
+  for (int64_t hidden : {64, 256, 257, 512}) {
+    check::Scope scope("hidden size ", hidden);
+    PlanInput in = input(50, 64, hidden, hidden, 2);
+    in.backward = true;
+    CHECK_EQ(make_plan(in).groups, hidden <= 256 ? 2 : 1);
+  }
+}
+
+// Only beside weights that the caches have to hold, too.
+TEST(reserve_past_the_caches) {
+  PlanInput in = input(50, 32, 128, 128, 2);
+  in.streamed_reserve_bytes = 12345;
+  CHECK_EQ(make_plan(in).streamed_reserve_bytes, INT64_MAX);
+  in.shape.hidden_size = in.shape.input_size = 256;
+  CHECK_EQ(make_plan(in).streamed_reserve_bytes, 12345);
+}
+
 // A part of the batch each, where each has rows enough.
 TEST(a_part_of_the_batch_each) {
   for (bool backward : {false, true}) {
@@ -172,7 +191,8 @@ TEST(a_part_of_the_batch_each) {
     in = input(50, 32, 256, 256, 2);  // weights that do not stay in a core's own cache
     in.backward = backward;
     CHECK_EQ(make_plan(in).shares, 2);
-    CHECK_EQ(make_plan(in).groups, 1);
+    CHECK_EQ(make_plan(in).groups, backward ? 2 : 1);
+    if (backward) CHECK_EQ(make_plan(in).chunk_steps, 16);  // 256 rows of each group
     CHECK(!make_plan(in).project_in_step);
     in = input(50, 64, 256, 256, 2);  // rows enough to read W_ih again at every step
     in.backward = backward;
