@@ -640,7 +640,7 @@ struct BackwardPass : private ChunkLayout {
                   int64_t group, Source&& source, const T* mask = nullptr) const;
   void weight_gradients(Member& team, int64_t s, int64_t end, const Groups& own) const;
   static void weight_tile(const WeightGradient& g, int64_t group, int64_t panel, int64_t block,
-                          int64_t next, int64_t rows, bool first_chunk);
+                          int64_t step, int64_t rows, bool first_chunk);
   void add_groups(Member& team) const;
   void input_gradient(Member& team, int d, int64_t s, int64_t end, const Groups& own) const;
   void input_tile(int d, int64_t panel, const Element* packed, const Section& section,

@@ -163,8 +163,9 @@ struct ForwardPass {
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
-    streams_reserve =
-        kStreams && reserve_is_aligned() && !norm && reserve_bytes() >= plan.streamed_reserve_bytes;
+    streams_reserve = is_streamable(call.reserve[0]) &&
+                      is_streamable(call.reserve[shape.directions - 1]) && !norm &&
+                      reserve_bytes() >= plan.streamed_reserve_bytes;
     project_in_step = plan.project_in_step && !norm && !two_stages && !shape.order;
     gather =
         !kValuesAreOperands ||
@@ -239,12 +240,6 @@ struct ForwardPass {
     return kPanelVectors * kLanes<T> * elements<P>(shape.input_size);
   }
 
-  bool reserve_is_aligned() const {
-    for (int d = 0; d < shape.directions; ++d)
-      if (!call.reserve[d] || reinterpret_cast<uintptr_t>(call.reserve[d]) % kVectorBytes)
-        return false;
-    return true;
-  }
   int64_t reserve_bytes() const {
     const int64_t steps = features.end(shape) - features.first_position;
     return shape.directions * steps * shape.batch * features.kept(shape.cell) *

@@ -75,6 +75,9 @@ RNN_EXT_INLINE void stream(T* p, Vec<T> v) {
   store(p, v);
 #endif
 }
+inline bool is_streamable(const void* p) {
+  return kStreams && p && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+}
 inline void flush_streams() {
 #if defined(__AVX512F__)
   _mm_sfence();

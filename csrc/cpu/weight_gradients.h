@@ -186,21 +186,23 @@ void BackwardPass<P, Cell>::weight_gradients(Member& team, int64_t s, int64_t en
       jobs += parts[n++].jobs;
     }
   }
+  // Block after block, all panels of each: the left operand, mostly the larger one, is read once,
+  // and the panels stay in the cache.
   team.for_each(jobs, [&](int64_t i) {
     const int64_t step = team.after(i) - i;
     const Part* part = parts;
     while (i >= part->jobs) i -= (part++)->jobs;
     const WeightGradient& g = *part->gradient;
-    const int64_t blocks = blocks_of(g.m, kMaxRowBlock), tiles = blocks * g.n.panels();
+    const int64_t panels = g.n.panels(), tiles = blocks_of(g.m, kMaxRowBlock) * panels;
     const int64_t group = own.first + i / tiles;
-    weight_tile(g, group, i % tiles / blocks, i % blocks, (i + step) % blocks,
+    weight_tile(g, group, i % panels, i % tiles / panels, step,
                 section(part->d, s, end, group).rows, s == 0);
   });
 }
 
 template <class P, class Cell>
 void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t group, int64_t panel,
-                                        int64_t block, int64_t next, int64_t rows,
+                                        int64_t block, int64_t step, int64_t rows,
                                         bool first_chunk) {
   const int64_t m = block * kMaxRowBlock, count = g.m - m < kMaxRowBlock ? g.m - m : kMaxRowBlock;
   const int64_t first = g.n.first(panel);
@@ -211,15 +213,19 @@ void BackwardPass<P, Cell>::weight_tile(const WeightGradient& g, int64_t group, 
   for (int64_t r = 0; r < count && !first_chunk; ++r)
     for (int v = 0; v < vectors; ++v)
       __builtin_prefetch(to + r * g.n.count + v * kLanes<T>, /*for writing*/ 1);
-  // The panel stays in the cache; what comes next is another block of the left operand. A block is
-  // not as wide as a panel, so that what follows the last one would be fetched, too.
   const Element* const left = g.left_of(group);
-  const bool known = next >= 0 && (next + 1) * kMaxRowBlock < g.m;
-  const Element* const ahead = known ? left + next * kMaxRowBlock * depth : nullptr;
+  const Element* const right = g.right_of(group);
+  // What comes next: another panel, or, where they end, another block of the left operand. A block
+  // is not as wide as a panel, so that what follows the last one would be fetched, too.
+  const Element* ahead = nullptr;
+  if (const int64_t next = panel + step; next >= 0 && next < g.n.panels()) {
+    if (g.n.vectors(next) >= vectors) ahead = right + g.n.offset(next, depth);
+  } else if (block + step >= 0 && (block + step + 1) * kMaxRowBlock < g.m) {
+    ahead = left + (block + step) * kMaxRowBlock * depth;
+  }
   const auto multiply = [&](T* out, int64_t stride, bool add) {
     multiply_panel<P>(vectors, count, depth, {left + m * depth, 1, kMaxRowBlock},
-                      g.right_of(group) + g.n.offset(panel, depth), nullptr, 0, out, stride, ahead,
-                      add);
+                      right + g.n.offset(panel, depth), nullptr, 0, out, stride, ahead, add);
   };
   const int64_t rest = g.n.count - first;
   if (rest >= width) return multiply(to, g.n.count, !first_chunk);
