@@ -31,6 +31,7 @@ constexpr int64_t kRowsOfAShareOfLargeWeights = 16;
 constexpr double kBytesOfBothWeights = kOwnCacheBytes * 3 / 4;
 constexpr int64_t kRowsOfBothWeights = 16;
 constexpr int64_t kMostTimesOfBothWeights = 4;
+constexpr int64_t kRowsOfStreamedReserve = 16;
 constexpr int64_t kMostGroups = 4;  // each has gradients of its own: not of larger weights than
 constexpr double kGroupedWeightsBytes = 2 * kOwnCacheBytes;
 constexpr int64_t kTilesOfChains = 8;  // fewer full ones than that are halved
@@ -89,8 +90,10 @@ Plan make_plan(const PlanInput& input) {
       batch >= 2 * least && both_bytes <= kGroupedWeightsBytes)
     plan.groups = std::min(blocks, kMostGroups);
 
-  // With small weights the caches have nothing better to hold.
-  if (exceeds_own_cache) plan.streamed_reserve_bytes = input.streamed_reserve_bytes;
+  // With small weights the caches have nothing better to hold, and with few rows backward waits for
+  // what it has to fetch from memory.
+  if (exceeds_own_cache && batch >= kRowsOfStreamedReserve)
+    plan.streamed_reserve_bytes = input.streamed_reserve_bytes;
 
   const int64_t row_bytes = gates * padded(s.hidden_size) * input.element_bytes;
   if (input.backward) {

@@ -156,13 +156,15 @@ TEST(groups_of_rows) {
   }
 }
 
-// Only beside weights that the caches have to hold, too.
+// Only beside weights that the caches have to hold, too, and with rows enough.
 TEST(reserve_past_the_caches) {
   PlanInput in = input(50, 32, 128, 128, 2);
   in.streamed_reserve_bytes = 12345;
   CHECK_EQ(make_plan(in).streamed_reserve_bytes, INT64_MAX);
   in.shape.hidden_size = in.shape.input_size = 256;
   CHECK_EQ(make_plan(in).streamed_reserve_bytes, 12345);
+  in.shape.batch = 8;
+  CHECK_EQ(make_plan(in).streamed_reserve_bytes, INT64_MAX);
 }
 
 // A part of the batch each, where each has rows enough.
