@@ -285,7 +285,8 @@ void BackwardPass<P, Cell>::input_gradient(Member& team, int d, int64_t s, int64
   const int64_t most = panels_of_all ? team.members() : blocks_of(team.members(), panels);
   const int64_t shares = most < blocks ? most : blocks;
   const int64_t packer = own.packer < 0 ? team.id() : own.packer;
-  Element* const panel_of_member = member_panels + packer * gate_depth() * Columns<T>::kWidth;
+  Element* const panel_of_member =
+      panels_of_all ? nullptr : member_panels + packer * gate_depth() * Columns<T>::kWidth;
   const auto panel_at = [&](int64_t panel) {
     return panels_of_all + input_columns.offset(panel, gate_depth());
   };
