@@ -10,15 +10,16 @@
 namespace rnn_ext::RNN_EXT_ISA {
 
 // Hands out consecutive 64-byte aligned arrays. With base null it only counts, so the same code
-// that lays out a workspace also tells its size.
+// that lays out a workspace also tells its size: its arrays then lie nowhere, but are not null, so
+// that code which asks what it has already placed gets the same answers.
 class Arena {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Arena(void* base) : base_(base ? reinterpret_cast<uintptr_t>(base) : 64) {}
   template <class T>
   T* take(int64_t count) {
     const size_t at = used_;
     used_ += (size_t(count) * sizeof(T) + 63) & ~size_t(63);
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+    return reinterpret_cast<T*>(base_ + at);
   }
   // Arrays taken after a rewind lie over those taken since the mark.
   size_t mark() const { return used_; }
@@ -29,7 +30,7 @@ class Arena {
   size_t bytes() const { return used_ > peak_ ? used_ : peak_; }
 
  private:
-  char* base_;
+  uintptr_t base_;
   size_t used_ = 0;
   size_t peak_ = 0;
 };
