@@ -55,6 +55,7 @@ struct BackwardPass : private ChunkLayout {
     T* dgh[2];  // of their recurrent side; the same array unless the cell tells them apart
     Element* dgx_operand[2];  // the same as operands
     Element* dgh_operand[2];
+    // By places (RowBlocks), as all that has a row for each of the batch:
     T* carry;  // (B, padded(R)): dL/dh on its way to the next position, without the product
     T* dc;     // (B, padded(H))
     T* dh;     // (chunk rows, padded(R)), of normalized layers (B, padded(R)): dL/dh, where its row
@@ -81,6 +82,7 @@ struct BackwardPass : private ChunkLayout {
   const BackwardCall<T>& call;
   const Features<T>& features;
   const int64_t gate_rows;  // G*H
+  const RowBlocks row_blocks;
   const bool project, norm, two_stages;
   const bool splits;  // do gradients of the gates' input side and recurrent side differ?
   Columns<T> state_columns, input_columns, hidden_columns;
@@ -93,6 +95,7 @@ struct BackwardPass : private ChunkLayout {
         call(c),
         features(c.features),
         gate_rows(kGates * c.shape.hidden_size),
+        row_blocks(c.shape, p, padded(c.shape.state_size()) * int64_t(sizeof(T))),
         project(c.shape.proj_size > 0),
         norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
@@ -101,6 +104,7 @@ struct BackwardPass : private ChunkLayout {
         input_columns{c.shape.input_size},
         hidden_columns{c.shape.hidden_size} {
     const int64_t rows = max_chunk_rows(shape, plan), H = shape.hidden_size;
+    const int64_t places = row_blocks.places();
     Arena arena(workspace);
     const auto take = [&](int64_t count, bool wanted = true) {
       return wanted ? arena.take<T>(count) : nullptr;
@@ -132,14 +136,14 @@ struct BackwardPass : private ChunkLayout {
         w.dgh_operand[i] =
             splits ? take_operand(w.dgh[i], rows * gate_depth(), used) : w.dgx_operand[i];
       }
-      w.carry = take(shape.batch * padded(shape.state_size()));
-      w.dc = take(shape.batch * padded(H), Cell::kHasCellState);
-      w.dh = take((norm ? shape.batch : rows) * padded(shape.state_size()), project || norm);
+      w.carry = take(places * padded(shape.state_size()));
+      w.dc = take(places * padded(H), Cell::kHasCellState);
+      w.dh = take((norm ? places : rows) * padded(shape.state_size()), project || norm);
       w.w_second = take_elements(state_columns.size(elements<P>(H)), two_stages);
-      w.dn = take_elements(shape.batch * elements<P>(padded(H)), two_stages);
+      w.dn = take_elements(places * elements<P>(padded(H)), two_stages);
       w.reset_h = take(rows * padded(H), two_stages && g.w_hh);
-      w.dnormal = take(shape.batch * 2 * gate_rows, norm);
-      w.dc_row = take(shape.batch * 3 * padded(H), norm && Cell::kHasCellState);
+      w.dnormal = take(places * 2 * gate_rows, norm);
+      w.dc_row = take(places * 3 * padded(H), norm && Cell::kHasCellState);
       const int64_t groups = row_groups(shape, plan);
       for (T** p : {&w.sums.ih, &w.sums.hh, &w.sums.b_ih, &w.sums.b_hh})
         *p = take(groups * gate_rows, norm);
@@ -281,10 +285,11 @@ struct BackwardPass : private ChunkLayout {
         return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
       clear_operand_ends(w);
       const int64_t R = shape.state_size(), H = shape.hidden_size;
-      load_state(w.carry, shape, R,
+      load_state(w.carry, row_blocks, R,
                  [&](int64_t b) { return state_row(call.dh_n[d], shape, b, R); });
       if (w.dc)
-        load_state(w.dc, shape, H, [&](int64_t b) { return state_row(call.dc_n[d], shape, b, H); });
+        load_state(w.dc, row_blocks, H,
+                   [&](int64_t b) { return state_row(call.dc_n[d], shape, b, H); });
       const DirectionGradients<T>& g = call.gradients[d];
       for (T* sums : {w.sums.ih, w.sums.hh, w.sums.b_ih, w.sums.b_hh})
         if (norm) zero_row(sums, row_groups(shape, plan) * gate_rows);
@@ -378,56 +383,55 @@ struct BackwardPass : private ChunkLayout {
   bool cuts() const { return features.resets.data || features.detach_steps > 0; }
 
   void step(Member& team, const Part& part, int64_t s) const {
-    for_tiles(team, part, plan, state_columns.panels(),
-              [&](int d, int64_t panel, int64_t begin, int64_t next) {
-                state_tile(d, panel, s, begin, next);
+    for_tiles(team, part, state_columns.panels(),
+              [&](int d, int64_t panel, int64_t block, int64_t next) {
+                state_tile(d, panel, s, block, next);
               });
     if (s == shape.steps) return;
     if (norm)
-      return for_row_groups(team, part, plan,
-                            [&](int d, int64_t group, int64_t begin, int64_t end) {
-                              for (int64_t b = begin; b < end && b < active_at(d, s); ++b)
-                                norm_row(d, s, b, group);
-                            });
+      return for_row_groups(
+          team, part, plan, [&](int d, int64_t group, int64_t block, int64_t begin) {
+            const BatchRows rows = row_blocks.rows(block, active_at(d, s)).from(begin, kRowGroup);
+            for (int64_t r = 0; r < rows.count; ++r) norm_row(d, s, rows[r], group);
+          });
     if constexpr (kGates == 3) {
       if (two_stages)
         for_tiles(
-            team, part, plan, state_columns.panels(),
-            [&](int d, int64_t panel, int64_t begin, int64_t) { first_stage(d, panel, s, begin); });
+            team, part, state_columns.panels(),
+            [&](int d, int64_t panel, int64_t block, int64_t) { first_stage(d, panel, s, block); });
     }
     if (!project) return;
     for_tiles(
-        team, part, plan, hidden_columns.panels(),
-        [&](int d, int64_t panel, int64_t begin, int64_t) { projected_tile(d, panel, s, begin); });
+        team, part, hidden_columns.panels(),
+        [&](int d, int64_t panel, int64_t block, int64_t) { projected_tile(d, panel, s, block); });
   }
 
-  int64_t clip(int64_t active, int64_t begin) const {
-    const int64_t rows = active - begin;
-    return rows < 0 ? 0 : rows < plan.row_block ? rows : plan.row_block;
-  }
-
-  void state_tile(int d, int64_t panel, int64_t s, int64_t begin, int64_t next) const {
+  void state_tile(int d, int64_t panel, int64_t s, int64_t block, int64_t next) const {
     const Direction& w = directions[d];
-    const int64_t earlier = clip(active_at(d, s - 1), begin), now = clip(active_at(d, s), begin);
+    const BatchRows of_block = row_blocks.rows(block, shape.batch);
+    const int64_t earlier = row_blocks.rows(block, active_at(d, s - 1)).count,
+                  now = row_blocks.rows(block, active_at(d, s)).count;
     const int64_t rows = earlier > now ? earlier : now;
     if (rows == 0) return;
     const int64_t R = shape.state_size(), stride = padded(R), first = state_columns.first(panel);
+    const int64_t begin = of_block.first, step = of_block.step;
     const int vectors = state_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>;
     if (next >= 0 && state_columns.vectors(next) < vectors) next = -1;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    T* carry = w.carry + begin * stride + first;
+    T* carry = w.carry + of_block.place * stride + first;
     if (earlier > 0) {
       const Element* dg = w.dgh_operand[slot(s - 1)] + chunk_row(d, s - 1, begin) * gate_depth();
       const auto panel_of = [&](int64_t i) {
         return w.w_hh + state_columns.offset(i, recurrent_depth());
       };
-      multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, gate_depth()}, panel_of(panel),
-                        nullptr, 0, tile, width, next < 0 ? nullptr : panel_of(next));
+      multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, step * gate_depth()},
+                        panel_of(panel), nullptr, 0, tile, width,
+                        next < 0 ? nullptr : panel_of(next));
     }
     if (features.hidden_mask[d]) {
       for (int64_t r = 0; r < earlier; ++r) {
-        const T* mask = state_row(features.hidden_mask[d], shape, begin + r, R) + first;
+        const T* mask = state_row(features.hidden_mask[d], shape, of_block[r].b, R) + first;
         for (int64_t i = 0; i < width && first + i < R; i += kLanes<T>) {
           T* to = tile + r * width + i;
           store(to, load(to) * load_upto(mask + i, R - first - i));
@@ -443,7 +447,7 @@ struct BackwardPass : private ChunkLayout {
               r < earlier ? load(carry + r * stride + i) + load(to) : load(carry + r * stride + i));
       }
     }
-    if (cuts()) cut_rows(d, s, begin, earlier, first, width, tile);
+    if (cuts()) cut_rows(d, s, of_block.from(0, earlier), first, width, tile);
     // Rows that have no step here are on their way out: what is left is their dL/dh_0.
     for (int64_t r = now; r < rows; ++r) copy_row(carry + r * stride, tile + r * width, width);
     if (now == 0) return;
@@ -452,7 +456,7 @@ struct BackwardPass : private ChunkLayout {
     const GateRows gates = gate_rows_of(d, s);
     if (call.dy.data) {
       for (int64_t r = 0; r < now; ++r) {
-        const T* dy = call.dy.at(shape, t, begin + r) + d * R + first;
+        const T* dy = call.dy.at(shape, t, of_block[r].b) + d * R + first;
         for (int v = 0; v < vectors; ++v) {
           T* to = tile + r * width + v * kLanes<T>;
           const int64_t rest = R - first - v * kLanes<T>;
@@ -462,7 +466,7 @@ struct BackwardPass : private ChunkLayout {
     }
     if (project || norm) {
       for (int64_t r = 0; r < now; ++r) {
-        const int64_t row = norm ? begin + r : row_of_begin + r;
+        const int64_t row = norm ? of_block[r].place : row_of_begin + r * step;
         copy_row(w.dh + row * stride + first, tile + r * width, width);
         if (!kValuesAreOperands && project) {
           for (int64_t i = 0; i < width; i += kLanes<T>)
@@ -475,20 +479,21 @@ struct BackwardPass : private ChunkLayout {
       for (int64_t r = 0; r < now; ++r)
         for (int v = 0; v < vectors; ++v)
           store(carry + r * stride + v * kLanes<T>,
-                unit_backward<false>(d, s, t, begin + r, row_of_begin + r, first + v * kLanes<T>,
-                                     gates, load(tile + r * width + v * kLanes<T>)));
+                unit_backward<false>(d, s, t, of_block[r], row_of_begin + r * step,
+                                     first + v * kLanes<T>, gates,
+                                     load(tile + r * width + v * kLanes<T>)));
     }
   }
 
   // Takes dL/dh by the states that position s-1 did not start from out of the tile.
-  void cut_rows(int d, int64_t s, int64_t begin, int64_t earlier, int64_t first, int64_t width,
+  void cut_rows(int d, int64_t s, const BatchRows& earlier, int64_t first, int64_t width,
                 T* tile) const {
     const int64_t R = shape.state_size();
-    for (int64_t r = 0; r < earlier; ++r) {
-      const Cut cut = cut_before(d, step_at(shape, reversed(d), s - 1), begin + r);
+    for (int64_t r = 0; r < earlier.count; ++r) {
+      const Cut cut = cut_before(d, step_at(shape, reversed(d), s - 1), earlier[r].b);
       if (cut == Cut::kNone) continue;
       if (cut == Cut::kReset)
-        add_to(state_row(call.gradients[d].reset_h, shape, begin + r, R), first, width, R,
+        add_to(state_row(call.gradients[d].reset_h, shape, earlier[r].b, R), first, width, R,
                tile + r * width);
       zero_row(tile + r * width, width);
     }
@@ -504,23 +509,23 @@ struct BackwardPass : private ChunkLayout {
   }
 
   // dL/dh through W_hr, then the cell.
-  void projected_tile(int d, int64_t panel, int64_t s, int64_t begin) const {
+  void projected_tile(int d, int64_t panel, int64_t s, int64_t block) const {
     const Direction& w = directions[d];
-    const int64_t now = clip(active_at(d, s), begin);
-    if (now == 0) return;
+    const BatchRows rows = row_blocks.rows(block, active_at(d, s));
+    if (rows.count == 0) return;
     const int64_t depth = elements<P>(shape.proj_size), first = hidden_columns.first(panel);
     const int vectors = hidden_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    const int64_t row_of_begin = chunk_row(d, s, begin);
+    const int64_t row_of_first = chunk_row(d, s, rows.first);
     const GateRows gates = gate_rows_of(d, s);
-    const Element* dh = w.dh_operand + row_of_begin * projection_stride();
-    multiply_panel<P>(vectors, now, depth, {dh, projection_stride()},
+    const Element* dh = w.dh_operand + row_of_first * projection_stride();
+    multiply_panel<P>(vectors, rows.count, depth, {dh, rows.step * projection_stride()},
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
-    for (int64_t r = 0; r < now; ++r)
+    for (int64_t r = 0; r < rows.count; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward<false>(d, s, t, begin + r, row_of_begin + r, first + v * kLanes<T>, gates,
-                             load(tile + r * width + v * kLanes<T>));
+        unit_backward<false>(d, s, t, rows[r], row_of_first + r * rows.step, first + v * kLanes<T>,
+                             gates, load(tile + r * width + v * kLanes<T>));
   }
 
   // The arrays that take a position's gate gradients.
@@ -537,11 +542,12 @@ struct BackwardPass : private ChunkLayout {
   // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
   // pass through W_hh. `row`: where it stands in the arrays of its chunk. kNorm: for norm_row.
   template <bool kNorm>
-  RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, int64_t b, int64_t row,
+  RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, const BatchRow& of, int64_t row,
                                       int64_t unit, const GateRows& gates, Vec<T> dh) const {
     if constexpr (kGates == 3) {
-      if (two_stages) return second_stage(d, s, t, b, unit, dh);
+      if (two_stages) return second_stage(d, s, t, of, unit, dh);
     }
+    const int64_t b = of.b;
     const Direction& w = directions[d];
     const VectorMath<T> math{call.linear_activations};
     const int64_t H = shape.hidden_size, hidden = padded(H), rest = H - unit;
@@ -565,7 +571,7 @@ struct BackwardPass : private ChunkLayout {
       if (h_prev) u.h_prev = load_upto(h_prev + unit, rest);
     }
     if constexpr (Cell::kHasCellState) {
-      u.dc = load(w.dc + b * hidden + unit);
+      u.dc = load(w.dc + of.place * hidden + unit);
       if (call.dcells.data) u.dc += load_upto(call.dcells.at(shape, t, b) + d * H + unit, rest);
     }
     // Zoneout: what goes to the state before, past the cell.
@@ -584,7 +590,7 @@ struct BackwardPass : private ChunkLayout {
       }
     }
     if constexpr (kNorm && Cell::kHasCellState) {  // what goes through the output is known already
-      const T* known = w.dc_row + b * 3 * hidden + unit;
+      const T* known = w.dc_row + of.place * 3 * hidden + unit;
       u.dc = Cell::backward_state(math, saved, u.dc + load(known), dx);
       u.dh_prev = Vec<T>{};
       dx[kGates - 1] = load(known + hidden);  // the gates end with o
@@ -603,13 +609,13 @@ struct BackwardPass : private ChunkLayout {
         }
         if (cut != Cut::kNone) u.dc = Vec<T>{};
       }
-      store(w.dc + b * hidden + unit, u.dc);
+      store(w.dc + of.place * hidden + unit, u.dc);
     }
 #pragma GCC unroll 4
     for (int g = 0; g < kGates; ++g) {
       const int64_t column = g * H + unit;
       if constexpr (kNorm) {
-        T* const by_side = w.dnormal + b * 2 * gate_rows + column;
+        T* const by_side = w.dnormal + of.place * 2 * gate_rows + column;
         store_upto(by_side, dx[g], rest);
         if (Cell::kSplitsGradient) store_upto(by_side + gate_rows, dg[g], rest);
         continue;
@@ -648,8 +654,9 @@ struct BackwardPass : private ChunkLayout {
   bool other_was_here(int d, int64_t t, int64_t chunk) const;
 
   // In reset_before.h.
-  Vec<T> second_stage(int d, int64_t s, int64_t t, int64_t b, int64_t unit, Vec<T> dh) const;
-  void first_stage(int d, int64_t panel, int64_t s, int64_t begin) const;
+  Vec<T> second_stage(int d, int64_t s, int64_t t, const BatchRow& of, int64_t unit,
+                      Vec<T> dh) const;
+  void first_stage(int d, int64_t panel, int64_t s, int64_t block) const;
   void store_gate(int d, int64_t s, int64_t b, int gate, int64_t unit, Vec<T> value) const;
 
   const T* reserve_row(int d, int64_t t, int64_t b) const {
@@ -659,18 +666,19 @@ struct BackwardPass : private ChunkLayout {
 
   // In layer_norm.h.
   struct NormSide;
-  void norm_row(int d, int64_t s, int64_t b, int64_t group) const;
+  void norm_row(int d, int64_t s, const BatchRow& of, int64_t group) const;
   void normalize_backward(const NormSide& side) const;
-  void norm_output(int d, int64_t t, int64_t b, int64_t group, const T* dh, const T* kept) const;
+  void norm_output(int d, int64_t t, const BatchRow& of, int64_t group, const T* dh,
+                   const T* kept) const;
 
   void finish(int d) const {
     const Direction& w = directions[d];
     const DirectionGradients<T>& g = call.gradients[d];
     const int64_t R = shape.state_size(), H = shape.hidden_size;
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      if (g.h_0) copy_row(state_row(g.h_0, shape, b, R), w.carry + b * padded(R), R);
-      if (g.c_0) copy_row(state_row(g.c_0, shape, b, H), w.dc + b * padded(H), H);
-    }
+    row_blocks.for_each([&](const BatchRow& of) {
+      if (g.h_0) copy_row(state_row(g.h_0, shape, of.b, R), w.carry + of.place * padded(R), R);
+      if (g.c_0) copy_row(state_row(g.c_0, shape, of.b, H), w.dc + of.place * padded(H), H);
+    });
   }
 };
 

@@ -121,23 +121,73 @@ struct Part {
   int64_t jobs(int64_t panels) const { return directions * panels * blocks; }
 };
 
-// Calls job(direction, panel, first batch row, the panel likely to be next or -1) for the part's
-// tiles: panel after panel, all blocks of each. Without divisions where there is one block: the
-// jobs of a step at batch 1 are so short that they would wait for them.
+// A row of the batch, and its place in the arrays that the engine keeps of all rows' state: a
+// block's rows stand there one after the other, and blocks apart.
+struct BatchRow {
+  int64_t b, place;
+};
+
+// Batch rows that a job works on.
+struct BatchRows {
+  int64_t first, step, count;
+  int64_t place;  // of the first one
+
+  BatchRow operator[](int64_t r) const { return {first + r * step, place + r}; }
+  BatchRows from(int64_t r, int64_t most) const {
+    const int64_t rest = count - r;
+    return {first + r * step, step, rest < 0 ? 0 : rest < most ? rest : most, place + r};
+  }
+};
+
+// The rows of each block, and their places. What one member writes at every step must not lie next
+// to what another does: the processors fetch ahead what follows, and take it from each other.
+struct RowBlocks {
+  static constexpr int64_t kApartBytes = 512;
+
+  int64_t block_rows, step, blocks, batch, pitch;
+
+  RowBlocks(const SequenceShape& shape, const Plan& plan, int64_t row_bytes)
+      : block_rows(plan.row_block),
+        step(plan.row_step),
+        blocks(blocks_of(shape.batch, plan.row_block)),
+        batch(shape.batch),
+        pitch(plan.row_block + blocks_of(kApartBytes, row_bytes)) {}
+
+  int64_t places() const { return blocks == 1 ? batch : blocks * pitch; }
+  // Those of a block among the first `active` rows of the batch.
+  BatchRows rows(int64_t block, int64_t active) const {
+    if (step == 1) {
+      const int64_t first = block * block_rows;
+      return BatchRows{first, 1, active - first, block * pitch}.from(0, block_rows);
+    }
+    const int64_t rest = active - block;
+    return {block, step, rest > 0 ? (rest + step - 1) / step : 0, block * pitch};
+  }
+  template <class Visit>
+  void for_each(Visit&& visit) const {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const BatchRows of_block = rows(block, batch);
+      for (int64_t r = 0; r < of_block.count; ++r) visit(of_block[r]);
+    }
+  }
+};
+
+// Calls job(direction, panel, block, the panel likely to be next or -1) for the part's tiles: panel
+// after panel, all blocks of each. Without divisions where there is one block: the jobs of a step
+// at batch 1 are so short that they would wait for them.
 template <class Job>
-void for_tiles(Member& team, const Part& part, const Plan& plan, int64_t panels, Job&& job) {
+void for_tiles(Member& team, const Part& part, int64_t panels, Job&& job) {
   team.for_each(part.jobs(panels), [&](int64_t i) {
     const int64_t of_all = part.blocks == 1 ? i : i / part.blocks;
     const int64_t block = i - of_all * part.blocks;
     const int second = of_all >= panels;  // of two directions
     const int64_t panel = second ? of_all - panels : of_all,
                   next = team.after(i) < i ? panel - 1 : panel + 1;
-    job(part.first_direction + second, panel, (part.first_block + block) * plan.row_block,
-        next < panels ? next : -1);
+    job(part.first_direction + second, panel, part.first_block + block, next < panels ? next : -1);
   });
 }
 
-// Calls job(direction, group, first row, end of rows) for the part's rows, in groups that lie
+// Calls job(direction, group, block, first row in it) for the part's rows, in groups that lie
 // within a block each and count through all of a direction's.
 inline constexpr int64_t kRowGroup = 4;
 inline int64_t row_groups(const SequenceShape& shape, const Plan& plan) {
@@ -148,11 +198,8 @@ void for_row_groups(Member& team, const Part& part, const Plan& plan, Job&& job)
   const int64_t of_block = blocks_of(plan.row_block, kRowGroup), groups = part.blocks * of_block;
   team.for_each(part.directions * groups, [&](int64_t i) {
     const int64_t group = part.first_block * of_block + i % groups;
-    const int64_t block = group / of_block * plan.row_block;
-    const int64_t begin = block + group % of_block * kRowGroup,
-                  rest = block + plan.row_block - begin;
-    job(part.first_direction + int(i / groups), group, begin,
-        begin + (rest < kRowGroup ? rest : kRowGroup));
+    job(part.first_direction + int(i / groups), group, group / of_block,
+        group % of_block * kRowGroup);
   });
 }
 
@@ -186,15 +233,14 @@ inline void zero_row(T* to, int64_t n) {
   std::memset(to, 0, size_t(n) * sizeof(T));
 }
 
-// Fills a (B, padded(width)) state of the rows in the order they are counted. source(b): the b-th
-// row's values, null means zeros.
+// Fills a (places, padded(width)) state. source(b): the b-th row's values, null means zeros.
 template <class T, class Source>
-void load_state(T* to, const SequenceShape& shape, int64_t width, Source&& source) {
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    T* row = to + b * padded(width);
+void load_state(T* to, const RowBlocks& row_blocks, int64_t width, Source&& source) {
+  row_blocks.for_each([&](const BatchRow& of) {
+    T* row = to + of.place * padded(width);
     zero_row(row, padded(width));
-    if (const T* from = source(b)) copy_row(row, from, width);
-  }
+    if (const T* from = source(of.b)) copy_row(row, from, width);
+  });
 }
 // The b-th row of a contiguous (B, width) state.
 template <class T>

@@ -62,15 +62,16 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::simple_output(const SimpleRows& at, in
 template <class P, class Cell>
 template <bool kNorm>
 RNN_EXT_INLINE void ForwardPass<P, Cell>::cell_row(int d, int64_t panel, int64_t s, int64_t t,
-                                                   int64_t b, const T* gx, const T* gh) const {
+                                                   const BatchRow& of, const T* gx,
+                                                   const T* gh) const {
   const Direction& w = directions[d];
   const VectorMath<T> math{call.linear_activations};
   const int64_t hidden = padded(shape.hidden_size);
   const int unit_vectors = columns.unit_vectors(panel);
-  const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
-  T* y = call.y.at(shape, t, b) + d * shape.state_size();
-  T* reserve = reserve_row(d, t, b);
-  const Beyond beyond = beyond_plain(d, t, b);
+  const T* h_prev = w.h[s & 1] + of.place * padded(shape.state_size());
+  T* y = call.y.at(shape, t, of.b) + d * shape.state_size();
+  T* reserve = reserve_row(d, t, of.b);
+  const Beyond beyond = beyond_plain(d, t, of.b);
   for (int u = 0; u < unit_vectors; ++u) {
     const int64_t unit = columns.first_unit(panel) + u * kLanes<T>;
     Vec<T> x[kGates], h[kGates], saved[kSaved + 1], c = {}, previous = {};
@@ -79,19 +80,19 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::cell_row(int d, int64_t panel, int64_t
       x[g] = load(gx + (g * unit_vectors + u) * kLanes<T>);
       h[g] = load(gh + (g * unit_vectors + u) * kLanes<T>);
     }
-    if constexpr (Cell::kHasCellState) c = load(w.c + b * hidden + unit);
+    if constexpr (Cell::kHasCellState) c = load(w.c + of.place * hidden + unit);
     if (Cell::kReadsPreviousOutput || beyond.zoneout_h) previous = load(h_prev + unit);
     const Vec<T> c_prev = c;
     Vec<T> out = Cell::forward(math, x, h, previous, c, saved);
     if (Cell::kReadsOutput && reserve) store(reserve + unit, out);
     if constexpr (Cell::kHasCellState) {
       if constexpr (kNorm) {
-        T* kept = w.unnormalized + b * 2 * hidden + unit;
+        T* kept = w.unnormalized + of.place * 2 * hidden + unit;
         store(kept, saved[3]);
         store(kept + hidden, first_lanes<T>(c, shape.hidden_size - unit));
       }
       if (beyond.any) c = beyond.next_c(c, c_prev, unit, shape.hidden_size);
-      store(w.c + b * hidden + unit,
+      store(w.c + of.place * hidden + unit,
             beyond.anew ? row_vector(beyond.reset_c, unit, shape.hidden_size) : c);
     }
     if (reserve) {
@@ -99,9 +100,9 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::cell_row(int d, int64_t panel, int64_t
       for (int i = 0; i < kSaved; ++i) store(reserve + i * hidden + unit, saved[i]);
     }
     if (shape.proj_size > 0)
-      P::store(w.unprojected + b * hidden_stride(), unit, out, kLanes<T>);
+      P::store(w.unprojected + of.place * hidden_stride(), unit, out, kLanes<T>);
     else if constexpr (!Cell::kHasCellState || !kNorm)
-      emit_h(d, s, b, unit, beyond.next_h(out, previous, unit, shape.hidden_size), beyond, y);
+      emit_h(d, s, of, unit, beyond.next_h(out, previous, unit, shape.hidden_size), beyond, y);
   }
 }
 

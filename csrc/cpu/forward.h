@@ -28,11 +28,12 @@ struct ForwardPass {
 
   struct Direction {
     Matrix input, recurrent;
-    Element* w_ih;          // panels, null where not packed once for all chunks
-    Element* w_hh;          // panels, null where not packed
-    Element* projection;    // panels of W_hr^T
-    Element* x;             // (chunk rows, padded(I)): gathered input
-    T* gx;                  // (chunk rows, width)
+    Element* w_ih;        // panels, null where not packed once for all chunks
+    Element* w_hh;        // panels, null where not packed
+    Element* projection;  // panels of W_hr^T
+    Element* x;           // (chunk rows, padded(I)): gathered input
+    T* gx;                // (chunk rows, width)
+    // By places (RowBlocks), as all that has a row for each of the batch:
     T* h[2];                // (B, padded(R)): h_{t-1} and h_t, alternating
     Element* h_operand[2];  // the same as operands
     T* c;                   // (B, padded(H))
@@ -55,6 +56,7 @@ struct ForwardPass {
   const SequenceShape& shape;
   const Features<T>& features;
   const Plan& plan;
+  const RowBlocks row_blocks;
   const bool plain;              // nothing beyond the cell at any step
   const bool separate_operands;  // does the product read something else than h itself?
   const bool norm;
@@ -81,6 +83,7 @@ struct ForwardPass {
         shape(c.shape),
         features(c.features),
         plan(p),
+        row_blocks(c.shape, p, padded(c.shape.state_size()) * int64_t(sizeof(T))),
         plain(!c.features.resets.data && !c.features.zoneout_h.data && !c.features.zoneout_c.data &&
               !c.cells.data),
         separate_operands(!kValuesAreOperands || c.features.hidden_mask[0]),
@@ -94,15 +97,15 @@ struct ForwardPass {
     streams_reserve = is_streamable(call.reserve[0]) &&
                       is_streamable(call.reserve[shape.directions - 1]) && !norm &&
                       reserve_bytes() >= plan.streamed_reserve_bytes;
-    project_in_step = plan.project_in_step && !norm && !two_stages && !shape.order;
+    project_in_step = plan.project_in_step && !norm && !two_stages;
     gather =
-        !kValuesAreOperands ||
+        !kValuesAreOperands || shape.order ||
         (!project_in_step && (!plan.packed_weights || !evenly_spaced(shape, call.x, &x_stride)));
     if (project_in_step) x_stride = call.x.row_stride;
     if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
     const int64_t depth_x = elements<P>(shape.input_size);
-    const int64_t depth_h = elements<P>(shape.state_size());
+    const int64_t depth_h = elements<P>(shape.state_size()), places = row_blocks.places();
     Arena arena(workspace);
     for (int d = 0; d < shape.directions; ++d) {
       Direction& w = directions[d];
@@ -124,21 +127,21 @@ struct ForwardPass {
       w.x = gather ? arena.take<Element>(rows * x_stride) : nullptr;
       w.gx = project_in_step ? nullptr : arena.take<T>(rows * width);
       for (int i = 0; i < 2; ++i) {
-        w.h[i] = arena.take<T>(shape.batch * padded(shape.state_size()));
+        w.h[i] = arena.take<T>(places * padded(shape.state_size()));
         if constexpr (kValuesAreOperands) w.h_operand[i] = w.h[i];
-        if (separate_operands) w.h_operand[i] = arena.take<Element>(shape.batch * state_stride());
+        if (separate_operands) w.h_operand[i] = arena.take<Element>(places * state_stride());
       }
-      w.c = Cell::kHasCellState ? arena.take<T>(shape.batch * padded(shape.hidden_size)) : nullptr;
-      w.gh = norm ? arena.take<T>(shape.batch * width) : nullptr;
+      w.c = Cell::kHasCellState ? arena.take<T>(places * padded(shape.hidden_size)) : nullptr;
+      w.gh = norm ? arena.take<T>(places * width) : nullptr;
       for (T** p : {&w.norm_ih.gain, &w.norm_ih.bias, &w.norm_hh.gain, &w.norm_hh.bias})
         *p = norm ? arena.take<T>(width) : nullptr;
       w.unnormalized = norm && Cell::kHasCellState
-                           ? arena.take<T>(shape.batch * 2 * padded(shape.hidden_size))
+                           ? arena.take<T>(places * 2 * padded(shape.hidden_size))
                            : nullptr;
       const bool project = shape.proj_size > 0;
       w.projection =
           project ? arena.take<Element>(projection_columns.size(hidden_depth())) : nullptr;
-      w.unprojected = project ? arena.take<Element>(shape.batch * hidden_stride()) : nullptr;
+      w.unprojected = project ? arena.take<Element>(places * hidden_stride()) : nullptr;
     }
     if (plan.packed_weights && one_chunk && !project_in_step)
       member_panels = arena.take<Element>(plan.threads * member_panel_size());
@@ -217,16 +220,17 @@ struct ForwardPass {
       return b < shape.active(t) && features.starts_anew(shape, d, t, b);
     };
     for (T* h : w.h)
-      load_state(h, shape, R, [&](int64_t b) {
+      load_state(h, row_blocks, R, [&](int64_t b) {
         return state_row(anew(b) ? features.reset_h[d] : call.h_0[d], shape, b, R);
       });
     if (separate_operands)
-      for (int64_t b = 0; b < shape.batch; ++b)
+      row_blocks.for_each([&](const BatchRow& of) {
         for (int64_t unit = 0; unit < padded(R); unit += kLanes<T>)
           for (Element* h : w.h_operand)
-            store_operand(d, h, b, unit, load(w.h[0] + b * padded(R) + unit));
+            store_operand(d, h, of, unit, load(w.h[0] + of.place * padded(R) + unit));
+      });
     if (w.c)
-      load_state(w.c, shape, H, [&](int64_t b) {
+      load_state(w.c, row_blocks, H, [&](int64_t b) {
         return state_row(anew(b) ? features.reset_c[d] : call.c_0[d], shape, b, H);
       });
   }
@@ -250,15 +254,25 @@ struct ForwardPass {
       if (n > blocks) blocks = n;
     }
     if (gather) {
-      team.for_each(shape.directions * blocks, [&](int64_t job) {
-        const int d = int(job / blocks);
+      const auto take = [&](int d, int64_t row, int64_t t, int64_t b) {
+        store_row<P>(directions[d].x + row * x_stride, call.x.at(shape, t, b), shape.input_size);
+      };
+      // Where rows are dealt out to blocks by who is likely to read them.
+      const int64_t dealt = plan.row_step > 1 ? plan.row_step : blocks;
+      team.for_each(shape.directions * dealt, [&](int64_t job) {
+        const int d = int(job / dealt);
         const StepRange range = range_at(shape, d == 1, s, end);
+        if (plan.row_step > 1) {
+          for (int64_t t = range.first; t < range.last; ++t) {
+            const BatchRows rows = row_blocks.rows(job % dealt, shape.active(t));
+            for (int64_t r = 0; r < rows.count; ++r)
+              take(d, shape.first_row(t) - range.base + rows[r].b, t, rows[r].b);
+          }
+          return;
+        }
         const int64_t begin = job % blocks * kMaxRowBlock;
         for_rows(shape, range, begin, block_end(begin, range),
-                 [&](int64_t row, int64_t t, int64_t b) {
-                   store_row<P>(directions[d].x + row * x_stride, call.x.at(shape, t, b),
-                                shape.input_size);
-                 });
+                 [&](int64_t row, int64_t t, int64_t b) { take(d, row, t, b); });
       });
     }
     if (project_in_step) {
@@ -327,14 +341,14 @@ struct ForwardPass {
     return begin + kMaxRowBlock < range.rows ? begin + kMaxRowBlock : range.rows;
   }
 
-  // Calls job(direction, panel, t, first batch row, rows, the panel likely to be next or -1) for
-  // the part's tiles of position s.
+  // Calls job(direction, panel, t, batch rows, the panel likely to be next or -1) for the part's
+  // tiles of position s.
   template <class Job>
   void for_tiles_of(Member& team, const Part& part, int64_t s, int64_t panels, Job&& job) const {
-    for_tiles(team, part, plan, panels, [&](int d, int64_t panel, int64_t begin, int64_t next) {
-      const int64_t t = step_at(shape, d == 1, s), rest = shape.active(t) - begin;
-      const int64_t rows = rest < plan.row_block ? rest : plan.row_block;
-      if (rows > 0) job(d, panel, t, begin, rows, next);
+    for_tiles(team, part, panels, [&](int d, int64_t panel, int64_t block, int64_t next) {
+      const int64_t t = step_at(shape, d == 1, s);
+      const BatchRows rows = row_blocks.rows(block, shape.active(t));
+      if (rows.count > 0) job(d, panel, t, rows, next);
     });
   }
 
@@ -346,69 +360,70 @@ struct ForwardPass {
     if constexpr (kGates == 3) {
       if (two_stages) {
         for_tiles_of(team, part, s, directions[0].first.columns.panels(),
-                     [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
-                       first_stage(d, panel, s, begin, rows, gx_row(d, t));
+                     [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t) {
+                       first_stage(d, panel, s, rows, gx_row(d, t));
                      });
         for_tiles_of(team, part, s, directions[0].second.columns.panels(),
-                     [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
-                       second_stage(d, panel, s, t, begin, rows, gx_row(d, t));
+                     [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t) {
+                       second_stage(d, panel, s, t, rows, gx_row(d, t));
                      });
         return;
       }
     }
     for_tiles_of(team, part, s, columns.panels(),
-                 [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t next) {
-                   gate_tile(d, panel, s, t, begin, rows, gx_row(d, t), next);
+                 [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t next) {
+                   gate_tile(d, panel, s, t, rows, gx_row(d, t), next);
                  });
     if (norm)
-      for_row_groups(team, part, plan, [&](int d, int64_t, int64_t begin, int64_t end) {
+      for_row_groups(team, part, plan, [&](int d, int64_t, int64_t block, int64_t r) {
         const int64_t t = step_at(shape, d == 1, s);
-        if (end > shape.active(t)) end = shape.active(t);
-        norm_rows(d, s, t, begin, end, gx_row(d, t) + begin);
+        const BatchRows rows = row_blocks.rows(block, shape.active(t)).from(r, kRowGroup);
+        if (rows.count > 0) norm_rows(d, s, t, rows, gx_row(d, t));
       });
     if (shape.proj_size > 0)
       for_tiles_of(team, part, s, projection_columns.panels(),
-                   [&](int d, int64_t panel, int64_t t, int64_t begin, int64_t rows, int64_t) {
-                     projection_tile(d, panel, s, t, begin, rows);
+                   [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t) {
+                     projection_tile(d, panel, s, t, rows);
                    });
   }
 
-  void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
-                 int64_t gx_row, int64_t next) const {
+  void gate_tile(int d, int64_t panel, int64_t s, int64_t t, const BatchRows& rows, int64_t gx_row,
+                 int64_t next) const {
     const Direction& w = directions[d];
-    const int64_t tile_width = columns.vectors(panel) * kLanes<T>;
+    const int64_t tile_width = columns.vectors(panel) * kLanes<T>, width = columns.width();
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    T* const tile = norm ? w.gh + begin * columns.width() + columns.column(panel) : buffer;
+    T* const tile = norm ? w.gh + rows.place * width + columns.column(panel) : buffer;
     const Element* const w_hh = w.recurrent.panel(w.w_hh, panel);
     const Element* const w_ih = w.input.panel(w.w_ih, panel);
     const Element* const ahead = w.recurrent.panel_ahead(w.w_hh, panel, next);
-    w.recurrent.multiply(panel, w_hh, rows, w.h_operand[s & 1] + begin * state_stride(),
-                         state_stride(), tile, norm ? columns.width() : tile_width,
+    w.recurrent.multiply(panel, w_hh, rows.count, w.h_operand[s & 1] + rows.place * state_stride(),
+                         state_stride(), tile, norm ? width : tile_width,
                          project_in_step ? w_ih : ahead);
     if (norm) return;
     alignas(64) T projected[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* gx = projected;
-    const int64_t gx_stride = project_in_step ? tile_width : columns.width();
+    const int64_t gx_stride = project_in_step ? tile_width : rows.step * width;
     if (project_in_step)
-      w.input.multiply(panel, w_ih, rows, input_operands(d, t, begin, gx_row + begin), x_stride,
+      w.input.multiply(panel, w_ih, rows.count,
+                       input_operands(d, t, rows.first, gx_row + rows.first), rows.step * x_stride,
                        projected, tile_width, ahead);
     else
-      gx = w.gx + (gx_row + begin) * columns.width() + columns.column(panel);
+      gx = w.gx + (gx_row + rows.first) * width + columns.column(panel);
     int64_t r = 0;
     if constexpr (kValuesAreOperands) {
-      if (simple_rows && !any_starts_anew(d, t, begin, rows)) {
-        const SimpleRows at = simple_rows_from(d, s, t, begin);
+      if (simple_rows && !any_starts_anew(d, t, rows)) {
+        const SimpleRows at = simple_rows_from(d, s, t, rows);
         if constexpr (kVectorRegisters >= 32)
-          for (; r + 2 <= rows; r += 2)
+          for (; r + 2 <= rows.count; r += 2)
             simple_cell<false, Pair<T>>(at, panel, r, gx + r * gx_stride, gx_stride,
                                         tile + r * tile_width, tile_width);
-        for (; r < rows; ++r)
+        for (; r < rows.count; ++r)
           simple_cell<false, Vec<T>>(at, panel, r, gx + r * gx_stride, gx_stride,
                                      tile + r * tile_width, tile_width);
       }
     }
-    for (; r < rows; ++r)
-      cell_row<false>(d, panel, s, t, begin + r, gx + r * gx_stride, tile + r * tile_width);
+    for (; r < rows.count; ++r)
+      cell_row<false>(d, panel, s, t, rows[r], gx + r * gx_stride, tile + r * tile_width);
   }
 
   T* reserve_row(int d, int64_t t, int64_t b) const {
@@ -417,19 +432,20 @@ struct ForwardPass {
     return call.reserve[d] + row * features.kept(shape.cell) * padded(shape.hidden_size);
   }
 
-  // Where consecutive batch rows have their values at one step: the first one's, and from row to
-  // row. Only outputs may be in another order.
+  // Where batch rows have their values at one step: the first one's, and from row to row. Only
+  // outputs may be in another order.
   struct SimpleRows {
     const T* h_prev;
     T *h, *c, *y, *reserve, *unnormalized;
-    int64_t hidden, y_stride, reserve_stride;
+    int64_t hidden, y_stride, reserve_stride, step;
     const int64_t* order;
 
-    T* output(int64_t r) const { return y + (order ? order[r] : r) * y_stride; }
+    T* output(int64_t r) const { return y + (order ? order[r * step] : r) * y_stride; }
   };
-  SimpleRows simple_rows_from(int d, int64_t s, int64_t t, int64_t begin) const {
+  SimpleRows simple_rows_from(int d, int64_t s, int64_t t, const BatchRows& rows) const {
     const Direction& w = directions[d];
-    const int64_t hidden = padded(shape.hidden_size), first = begin * hidden;
+    const int64_t hidden = padded(shape.hidden_size), begin = rows.first;
+    const int64_t first = rows.place * hidden;
     return {w.h[s & 1] + first,
             w.h[~s & 1] + first,
             w.c ? w.c + first : nullptr,
@@ -438,8 +454,9 @@ struct ForwardPass {
             reserve_row(d, t, begin),
             w.unnormalized ? w.unnormalized + 2 * first : nullptr,
             hidden,
-            call.y.row_stride,
-            features.kept(shape.cell) * hidden,
+            shape.order ? call.y.row_stride : rows.step * call.y.row_stride,
+            rows.step * features.kept(shape.cell) * hidden,
+            rows.step,
             shape.order ? shape.order + begin : nullptr};
   }
 
@@ -453,28 +470,27 @@ struct ForwardPass {
   void simple_output(const SimpleRows& at, int64_t r, int64_t unit, V h) const;
   // The cell for one row of a panel, with all that may go on beyond it.
   template <bool kNorm>
-  void cell_row(int d, int64_t panel, int64_t s, int64_t t, int64_t b, const T* gx,
+  void cell_row(int d, int64_t panel, int64_t s, int64_t t, const BatchRow& of, const T* gx,
                 const T* gh) const;
 
   // In layer_norm.h.
-  void norm_rows(int d, int64_t s, int64_t t, int64_t begin, int64_t end, int64_t gx_row) const;
+  void norm_rows(int d, int64_t s, int64_t t, const BatchRows& rows, int64_t gx_row) const;
   template <class V>
-  void norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row, const SimpleRows* simple,
-                int64_t r) const;
+  void norm_row(int d, int64_t s, int64_t t, const BatchRows& rows, int64_t gx_row,
+                const SimpleRows* simple, int64_t r) const;
   template <class V>
   V normalize(T* row, int64_t stride, const typename Direction::Norm& norm, T* kept,
               int64_t kept_stride) const;
   template <class V>
-  void norm_output(int d, int64_t s, int64_t t, int64_t b, T* kept, int64_t kept_stride,
+  void norm_output(int d, int64_t s, int64_t t, const BatchRows& rows, T* kept, int64_t kept_stride,
                    const SimpleRows* simple, int64_t r) const;
 
   // In reset_before.h.
   void place_stages(int d, bool packed, Arena& arena);
   void prepare_stages(int d, int64_t i) const;
   int64_t gx_column(int gate, int64_t unit) const;
-  void first_stage(int d, int64_t panel, int64_t s, int64_t begin, int64_t rows,
-                   int64_t gx_row) const;
-  void second_stage(int d, int64_t panel, int64_t s, int64_t t, int64_t begin, int64_t rows,
+  void first_stage(int d, int64_t panel, int64_t s, const BatchRows& rows, int64_t gx_row) const;
+  void second_stage(int d, int64_t panel, int64_t s, int64_t t, const BatchRows& rows,
                     int64_t gx_row) const;
 
   // What a row's step does beyond the cell itself.
@@ -495,12 +511,11 @@ struct ForwardPass {
     }
   };
   // Does one of the rows have another step after t, to which it comes with the reset state?
-  bool any_starts_anew(int d, int64_t t, int64_t begin, int64_t rows) const {
+  bool any_starts_anew(int d, int64_t t, const BatchRows& rows) const {
     const int64_t next = d == 0 ? t + 1 : t - 1;
     if (!features.resets.data || next < 0 || next >= shape.steps) return false;
-    const int64_t end = begin + rows < shape.active(next) ? begin + rows : shape.active(next);
-    for (int64_t b = begin; b < end; ++b)
-      if (features.starts_anew(shape, d, next, b)) return true;
+    for (int64_t r = 0; r < rows.count && rows[r].b < shape.active(next); ++r)
+      if (features.starts_anew(shape, d, next, rows[r].b)) return true;
     return false;
   }
   RNN_EXT_INLINE Beyond beyond_plain(int d, int64_t t, int64_t b) const {
@@ -515,7 +530,7 @@ struct ForwardPass {
     beyond.cells = row_of(call.cells);
     beyond.any = beyond.zoneout_h || beyond.zoneout_c || beyond.cells;
     if (features.resets.data) {
-      beyond.anew = any_starts_anew(d, t, b, 1);
+      beyond.anew = any_starts_anew(d, t, {b, 1, 1, 0});
       beyond.reset_h = state_row(features.reset_h[d], shape, b, R);
       beyond.reset_c = state_row(features.reset_c[d], shape, b, H);
     }
@@ -526,43 +541,41 @@ struct ForwardPass {
     return row && unit < n ? load_upto(row + unit, n - unit) : Vec<T>{};
   }
 
-  RNN_EXT_INLINE void emit_h(int d, int64_t s, int64_t b, int64_t unit, Vec<T> h,
+  RNN_EXT_INLINE void emit_h(int d, int64_t s, const BatchRow& of, int64_t unit, Vec<T> h,
                              const Beyond& beyond, T* y) const {
     h = round_to<T>(h, call.rounding);
-    store_h(d, s, b, unit, beyond.anew ? row_vector(beyond.reset_h, unit, shape.hidden_size) : h);
+    store_h(d, s, of, unit, beyond.anew ? row_vector(beyond.reset_h, unit, shape.hidden_size) : h);
     store_upto(y + unit, h, shape.hidden_size - unit);
   }
   // h_t of one vector of units, where the next position looks for it.
-  void store_h(int d, int64_t s, int64_t b, int64_t unit, Vec<T> h) const {
+  void store_h(int d, int64_t s, const BatchRow& of, int64_t unit, Vec<T> h) const {
     const Direction& w = directions[d];
-    store(w.h[~s & 1] + b * padded(shape.state_size()) + unit, h);
-    if (separate_operands) store_operand(d, w.h_operand[~s & 1], b, unit, h);
+    store(w.h[~s & 1] + of.place * padded(shape.state_size()) + unit, h);
+    if (separate_operands) store_operand(d, w.h_operand[~s & 1], of, unit, h);
   }
-  void store_operand(int d, Element* operands, int64_t b, int64_t unit, Vec<T> h) const {
+  void store_operand(int d, Element* operands, const BatchRow& of, int64_t unit, Vec<T> h) const {
     const int64_t R = shape.state_size();
-    if (const T* mask = state_row(features.hidden_mask[d], shape, b, R))
+    if (const T* mask = state_row(features.hidden_mask[d], shape, of.b, R))
       h *= row_vector(mask, unit, R);
-    P::store(operands + b * state_stride(), unit, h, kLanes<T>);
+    P::store(operands + of.place * state_stride(), unit, h, kLanes<T>);
   }
 
-  void projection_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t begin,
-                       int64_t rows) const {
+  void projection_tile(int d, int64_t panel, int64_t s, int64_t t, const BatchRows& rows) const {
     const Direction& w = directions[d];
     const int vectors = projection_columns.vectors(panel);
     const int64_t first = projection_columns.first(panel), tile_width = vectors * kLanes<T>;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-    multiply_panel<P>(vectors, rows, hidden_depth(),
-                      {w.unprojected + begin * hidden_stride(), hidden_stride()},
+    multiply_panel<P>(vectors, rows.count, hidden_depth(),
+                      {w.unprojected + rows.place * hidden_stride(), hidden_stride()},
                       w.projection + projection_columns.offset(panel, hidden_depth()), nullptr, 0,
                       tile, tile_width);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = begin + r;
-      T* y = call.y.at(shape, t, b) + d * shape.state_size() + first;
-      const Beyond beyond = beyond_plain(d, t, b);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      T* y = call.y.at(shape, t, rows[r].b) + d * shape.state_size() + first;
+      const Beyond beyond = beyond_plain(d, t, rows[r].b);
       for (int v = 0; v < vectors; ++v) {
         const Vec<T> out = round_to<T>(load(tile + r * tile_width + v * kLanes<T>), call.rounding);
         const int64_t unit = first + v * kLanes<T>;
-        store_h(d, s, b, unit,
+        store_h(d, s, rows[r], unit,
                 beyond.anew ? row_vector(beyond.reset_h, unit, shape.proj_size) : out);
         store_upto(y + v * kLanes<T>, out, shape.proj_size - first - v * kLanes<T>);
       }
@@ -572,17 +585,18 @@ struct ForwardPass {
   void finish(int d) const {
     const Direction& w = directions[d];
     const int64_t R = shape.state_size(), H = shape.hidden_size;
-    for (int64_t b = 0; b < shape.batch; ++b) {
+    row_blocks.for_each([&](const BatchRow& of) {
       // Which of the two buffers holds the last h depends on the last position the row was active
       // at. In direction 1 that is the end for every row: short rows start late there. A row that
       // was not active at all has the same in both.
       const int64_t first = features.first_position, last = features.end(shape);
-      const int64_t own = d == 0 ? steps_of_row(shape, b) : last;
+      const int64_t own = d == 0 ? steps_of_row(shape, of.b) : last;
       const int64_t steps = own < first ? first : own < last ? own : last;
       if (call.h_n[d])
-        copy_row(state_row(call.h_n[d], shape, b, R), w.h[steps & 1] + b * padded(R), R);
-      if (w.c && call.c_n[d]) copy_row(state_row(call.c_n[d], shape, b, H), w.c + b * padded(H), H);
-    }
+        copy_row(state_row(call.h_n[d], shape, of.b, R), w.h[steps & 1] + of.place * padded(R), R);
+      if (w.c && call.c_n[d])
+        copy_row(state_row(call.c_n[d], shape, of.b, H), w.c + of.place * padded(H), H);
+    });
   }
 };
 

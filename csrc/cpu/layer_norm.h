@@ -69,38 +69,39 @@ RNN_EXT_INLINE V ForwardPass<P, Cell>::normalize(T* row, int64_t stride,
   return by;
 }
 
-// The second part of a step for some rows, which stand one after the other in gx.
+// The second part of a step for some rows. `gx_row`: of the step's first row.
 template <class P, class Cell>
-void ForwardPass<P, Cell>::norm_rows(int d, int64_t s, int64_t t, int64_t begin, int64_t end,
+void ForwardPass<P, Cell>::norm_rows(int d, int64_t s, int64_t t, const BatchRows& rows,
                                      int64_t gx_row) const {
-  int64_t b = begin;
+  int64_t r = 0;
   if constexpr (kValuesAreOperands) {
-    if (simple_rows && b < end && !any_starts_anew(d, t, b, end - b)) {
-      const SimpleRows at = simple_rows_from(d, s, t, begin);
+    if (simple_rows && !any_starts_anew(d, t, rows)) {
+      const SimpleRows at = simple_rows_from(d, s, t, rows);
       if constexpr (kVectorRegisters >= 32)
-        for (; b + 2 <= end; b += 2)
-          norm_row<Pair<T>>(d, s, t, b, gx_row + b - begin, &at, b - begin);
-      for (; b < end; ++b) norm_row<Vec<T>>(d, s, t, b, gx_row + b - begin, &at, b - begin);
+        for (; r + 2 <= rows.count; r += 2) norm_row<Pair<T>>(d, s, t, rows, gx_row, &at, r);
+      for (; r < rows.count; ++r) norm_row<Vec<T>>(d, s, t, rows, gx_row, &at, r);
     }
   }
-  for (; b < end; ++b) norm_row<Vec<T>>(d, s, t, b, gx_row + b - begin, nullptr, 0);
+  for (; r < rows.count; ++r) norm_row<Vec<T>>(d, s, t, rows, gx_row, nullptr, r);
 }
 
-// Normalization of a row's products on both sides, or two rows', then the cell. `simple`: where the
-// values of simple rows are, of which this is the r-th; null: the row may have more to do.
+// Normalization of the r-th row's products on both sides, or two rows', then the cell. `simple`:
+// where the values of simple rows are; null: the row may have more to do.
 template <class P, class Cell>
 template <class V>
-void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, int64_t b, int64_t gx_row,
-                                    const SimpleRows* simple, int64_t r) const {
+void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, const BatchRows& rows,
+                                    int64_t gx_row, const SimpleRows* simple, int64_t r) const {
   const Direction& w = directions[d];
+  const BatchRow of = rows[r];
   const int64_t hidden = padded(shape.hidden_size), width = columns.width();
-  const int64_t kept_stride = features.kept(shape.cell) * hidden;
-  T *const gh = w.gh + b * width, *const gx = w.gx + gx_row * width;
-  T* const reserve = reserve_row(d, t, b);
+  const int64_t gx_stride = rows.step * width;
+  const int64_t kept_stride = rows.step * features.kept(shape.cell) * hidden;
+  T *const gh = w.gh + of.place * width, *const gx = w.gx + (gx_row + of.b) * width;
+  T* const reserve = reserve_row(d, t, of.b);
   T* const of_h = reserve ? reserve + features.kept_of_cell(shape.cell) * hidden : nullptr;
   T* const of_x = reserve ? of_h + kGates * hidden : nullptr;
   V by_h = normalize<V>(gh, width, w.norm_hh, of_h, kept_stride);
-  V by_x = normalize<V>(gx, width, w.norm_ih, of_x, kept_stride);
+  V by_x = normalize<V>(gx, gx_stride, w.norm_ih, of_x, kept_stride);
   T* const kept = reserve ? of_x + kGates * hidden : nullptr;
   if (kept) {
     for_each_vector(by_h, [&](int i, Vec<T>& by) {
@@ -113,25 +114,27 @@ void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, int64_t b, int6
     const int64_t column = columns.column(panel);
     if constexpr (kValuesAreOperands) {
       if (simple) {
-        simple_cell<true, V>(*simple, panel, r, gx + column, width, gh + column, width);
+        simple_cell<true, V>(*simple, panel, r, gx + column, gx_stride, gh + column, width);
         continue;
       }
     }
-    cell_row<true>(d, panel, s, t, b, gx + column, gh + column);
+    cell_row<true>(d, panel, s, t, of, gx + column, gh + column);
   }
-  if constexpr (Cell::kHasCellState) norm_output<V>(d, s, t, b, kept, kept_stride, simple, r);
+  if constexpr (Cell::kHasCellState) norm_output<V>(d, s, t, rows, kept, kept_stride, simple, r);
 }
 
 // h_t = o * tanh(normalized c_t); its mean and 1 / deviation go to kept[2], kept[3].
 template <class P, class Cell>
 template <class V>
-RNN_EXT_INLINE void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t, int64_t b,
-                                                      T* kept, int64_t kept_stride,
-                                                      const SimpleRows* simple, int64_t r) const {
+RNN_EXT_INLINE void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t,
+                                                      const BatchRows& rows, T* kept,
+                                                      int64_t kept_stride, const SimpleRows* simple,
+                                                      int64_t r) const {
   const Direction& w = directions[d];
   const VectorMath<T, V> math{call.linear_activations};
+  const BatchRow of = rows[r];
   const int64_t H = shape.hidden_size, hidden = padded(H), stride = 2 * hidden;
-  const T* const o = w.unnormalized + b * stride;
+  const T* const o = w.unnormalized + of.place * stride;
   const T* const c = o + hidden;
   V sum[1] = {}, squares[1] = {};
   for (int64_t unit = 0; unit < H; unit += kLanes<T>)
@@ -146,9 +149,9 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t 
     for_each_vector(mean, [&](int i, Vec<T>& of_row) { kept[i * kept_stride + 2] = of_row[0]; });
     for_each_vector(by, [&](int i, Vec<T>& of_row) { kept[i * kept_stride + 3] = of_row[0]; });
   }
-  const T* h_prev = w.h[s & 1] + b * padded(shape.state_size());
-  const Beyond beyond = simple ? Beyond{} : beyond_plain(d, t, b);
-  T* y = simple ? nullptr : call.y.at(shape, t, b) + d * H;
+  const T* h_prev = w.h[s & 1] + of.place * padded(shape.state_size());
+  const Beyond beyond = simple ? Beyond{} : beyond_plain(d, t, of.b);
+  T* y = simple ? nullptr : call.y.at(shape, t, of.b) + d * H;
   for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
     const V v = (load_rows<V>(c + unit, stride) - mean) * by;
     const Vec<T> gain = row_vector(features.norm_c[d], unit, H),
@@ -160,7 +163,7 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t 
       continue;
     }
     for_each_vector(h, [&](int, Vec<T>& of_row) {
-      emit_h(d, s, b, unit, beyond.next_h(of_row, load(h_prev + unit), unit, H), beyond, y);
+      emit_h(d, s, of, unit, beyond.next_h(of_row, load(h_prev + unit), unit, H), beyond, y);
     });
   }
 }
@@ -213,19 +216,19 @@ void BackwardPass<P, Cell>::normalize_backward(const NormSide& side) const {
 
 // The cell's backward for a row whose dL/dh is complete, then that of the normalization.
 template <class P, class Cell>
-void BackwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t b, int64_t group) const {
+void BackwardPass<P, Cell>::norm_row(int d, int64_t s, const BatchRow& of, int64_t group) const {
   const Direction& w = directions[d];
-  const int64_t t = step_at(shape, reversed(d), s), row = chunk_row(d, s, b);
+  const int64_t t = step_at(shape, reversed(d), s), row = chunk_row(d, s, of.b);
   const int64_t H = shape.hidden_size, hidden = padded(H), n = gate_rows;
-  const T* const dh = w.dh + b * hidden;
-  const T* const of_h = reserve_row(d, t, b) + features.kept_of_cell(shape.cell) * hidden;
+  const T* const dh = w.dh + of.place * hidden;
+  const T* const of_h = reserve_row(d, t, of.b) + features.kept_of_cell(shape.cell) * hidden;
   const T* const of_x = of_h + kGates * hidden;
   const T* const kept = of_x + kGates * hidden;
-  if constexpr (Cell::kHasCellState) norm_output(d, t, b, group, dh, kept);
+  if constexpr (Cell::kHasCellState) norm_output(d, t, of, group, dh, kept);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>)
-    store(w.carry + b * hidden + unit,
-          unit_backward<true>(d, s, t, b, row, unit, gate_rows_of(d, s), load(dh + unit)));
-  const T* const dx = w.dnormal + b * 2 * n;
+    store(w.carry + of.place * hidden + unit,
+          unit_backward<true>(d, s, t, of, row, unit, gate_rows_of(d, s), load(dh + unit)));
+  const T* const dx = w.dnormal + of.place * 2 * n;
   constexpr bool kSplits = Cell::kSplitsGradient;
   normalize_backward({kSplits ? dx + n : dx, features.norm_hh[d], of_h, kept[0],
                       w.sums.hh + group * n, kSplits ? w.sums.b_hh + group * n : nullptr,
@@ -237,17 +240,17 @@ void BackwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t b, int64_t group)
 
 // dL/dc_t and the gradient of o's gate that come from h~_t = o * tanh(c normalized).
 template <class P, class Cell>
-void BackwardPass<P, Cell>::norm_output(int d, int64_t t, int64_t b, int64_t group, const T* dh,
-                                        const T* kept) const {
+void BackwardPass<P, Cell>::norm_output(int d, int64_t t, const BatchRow& of, int64_t group,
+                                        const T* dh, const T* kept) const {
   if constexpr (Cell::kHasCellState) {
     const Direction& w = directions[d];
     const VectorMath<T> math{call.linear_activations};
     const int64_t H = shape.hidden_size, hidden = padded(H);
-    const T* const reserve = reserve_row(d, t, b);
-    T* const dc = w.dc_row + b * 3 * hidden;
+    const T* const reserve = reserve_row(d, t, of.b);
+    T* const dc = w.dc_row + of.place * 3 * hidden;
     T *const do_gate = dc + hidden, *const x = do_gate + hidden;
     const T* const past =
-        features.zoneout_h.data ? features.zoneout_h.at(shape, t, b) + d * H : nullptr;
+        features.zoneout_h.data ? features.zoneout_h.at(shape, t, of.b) + d * H : nullptr;
     const auto for_units = [&](auto&& visit) {
       for (int64_t unit = 0; unit < H; unit += kLanes<T>) visit(unit, H - unit);
     };

@@ -69,6 +69,8 @@ Plan make_plan(const PlanInput& input) {
   if (batch >= 2 * least) blocks += blocks % 2;
   plan.row_block = std::min(kMaxRowBlock, ceil_div(ceil_div(batch, blocks), 4) * 4);
   blocks = ceil_div(batch, plan.row_block);
+  // Where a member is to read all of W_hh at every step, each has its share of the long rows.
+  if (s.batch_sizes && !large && blocks > 1) plan.row_step = blocks;
 
   // Packing costs as much as a handful of rows of the product; what it saves is a part of each row,
   // the larger the shorter the rows of the weights are (a horizontal sum ends each of them).
@@ -112,10 +114,10 @@ Plan make_plan(const PlanInput& input) {
   const int operand_bytes = narrow ? 2 : input.element_bytes;
   const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / operand_bytes;
   const double bytes = weights * operand_bytes * s.directions;
-  // By the shape alone, like all that cuts products into tiles. Of packed rows a step may have few.
-  // The more rows, the less it matters that every step reads W_ih again.
-  const int64_t times = std::min(batch / kRowsOfBothWeights, kMostTimesOfBothWeights);
-  plan.project_in_step = !input.backward && plan.packed_weights && !s.batch_sizes &&
+  // By the shape alone, like all that cuts products into tiles. The more rows a step has on average,
+  // the less it matters that every step reads W_ih again.
+  const int64_t times = std::min(s.rows() / steps / kRowsOfBothWeights, kMostTimesOfBothWeights);
+  plan.project_in_step = !input.backward && plan.packed_weights &&
                          (weights + inputs) * operand_bytes <= kBytesOfBothWeights * double(times);
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
@@ -142,9 +144,10 @@ Plan make_plan(const PlanInput& input) {
     if (parts < 2 || parts > input.max_threads) continue;
     // Every part reads all weights of its direction at every step.
     if (large && batch / shares < least) continue;
-    const double share = std::max(double(ceil_div(blocks, shares)) / double(blocks),
-                                  part_of_work(s, blocks / shares * plan.row_block)) /
-                         s.directions;
+    const double of_blocks = double(ceil_div(blocks, shares)) / double(blocks);
+    const double of_rows =
+        plan.row_step > 1 ? 0 : part_of_work(s, blocks / shares * plan.row_block);
+    const double share = std::max(of_blocks, of_rows) / s.directions;
     const double apart = kTeamStartSeconds + alone * share + kBarrierSeconds * chunks;
     if (apart < best && apart < 0.85 * alone) {
       best = apart;

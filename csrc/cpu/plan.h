@@ -20,7 +20,10 @@ struct Plan {
   // Is a tile's input projected at its step, rather than the whole chunk's first?
   bool project_in_step = false;
   int64_t chunk_steps = 1;  // steps whose input projection (weight gradient) is done at once
-  int64_t row_block = 1;    // batch rows of one job
+  int64_t row_block = 1;    // batch rows of one job, at most
+  // From one row of a block to the next: 1, or the number of blocks, where rows end one by one and
+  // each block is to have its share of the long ones.
+  int64_t row_step = 1;
   // Into how many parts the batch of each direction is shared out, whose members go through all
   // steps of a chunk without waiting for each other. 0: every step is shared by the whole team.
   int64_t shares = 0;
