@@ -91,7 +91,7 @@ struct BackwardPass : private ChunkLayout {
   size_t workspace_bytes;
 
   BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
-      : ChunkLayout{c.shape, p, has_groups(c) ? p.groups : 1},
+      : ChunkLayout{c.shape, p, has_groups(c) ? p.groups : 1, nullptr},
         call(c),
         features(c.features),
         gate_rows(kGates * c.shape.hidden_size),
@@ -119,6 +119,7 @@ struct BackwardPass : private ChunkLayout {
       else
         return take_elements(count, wanted);
     };
+    if (dealt()) rows_before = arena.take<int64_t>(groups * (shape.steps + 1));
     for (int d = 0; d < shape.directions; ++d) {
       Direction& w = directions[d];
       const DirectionGradients<T>& g = call.gradients[d];
@@ -284,6 +285,7 @@ struct BackwardPass : private ChunkLayout {
       if (i < hiddens)
         return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
       clear_operand_ends(w);
+      for (int64_t group = 0; dealt() && group < groups; ++group) count_rows(row_blocks, group);
       const int64_t R = shape.state_size(), H = shape.hidden_size;
       load_state(w.carry, row_blocks, R,
                  [&](int64_t b) { return state_row(call.dh_n[d], shape, b, R); });
@@ -414,7 +416,7 @@ struct BackwardPass : private ChunkLayout {
     const int64_t rows = earlier > now ? earlier : now;
     if (rows == 0) return;
     const int64_t R = shape.state_size(), stride = padded(R), first = state_columns.first(panel);
-    const int64_t begin = of_block.first, step = of_block.step;
+    const int64_t begin = of_block.first, step = step_in_chunk();
     const int vectors = state_columns.vectors(panel);
     const int64_t width = vectors * kLanes<T>;
     if (next >= 0 && state_columns.vectors(next) < vectors) next = -1;
@@ -520,11 +522,11 @@ struct BackwardPass : private ChunkLayout {
     const int64_t row_of_first = chunk_row(d, s, rows.first);
     const GateRows gates = gate_rows_of(d, s);
     const Element* dh = w.dh_operand + row_of_first * projection_stride();
-    multiply_panel<P>(vectors, rows.count, depth, {dh, rows.step * projection_stride()},
+    multiply_panel<P>(vectors, rows.count, depth, {dh, step_in_chunk() * projection_stride()},
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < rows.count; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward<false>(d, s, t, rows[r], row_of_first + r * rows.step, first + v * kLanes<T>,
+        unit_backward<false>(d, s, t, rows[r], row_of_first + r * step_in_chunk(), first + v * kLanes<T>,
                              gates, load(tile + r * width + v * kLanes<T>));
   }
 

@@ -10,13 +10,30 @@ struct ChunkLayout {
   const SequenceShape& shape;
   const Plan& plan;
   const int64_t groups;
+  // (groups, T + 1): rows of a group before each step. Only where rows are dealt out, a block to
+  // each group.
+  int64_t* rows_before = nullptr;
 
   // The rows of one group at the steps of a chunk.
   struct Section {
     StepRange steps;
-    int64_t first_b, batch;  // of the group
-    int64_t base, rows;      // number of the first one in the arrays, count
+    int64_t group, first_b, batch;  // the group's first batch row and how many, unless dealt out
+    int64_t base, rows;             // number of the first one in the arrays, count
   };
+
+  bool dealt() const { return groups > 1 && plan.row_step > 1; }
+  // From one row of a block to the next in the arrays.
+  int64_t step_in_chunk() const { return dealt() ? 1 : plan.row_step; }
+  int64_t rows_between(int64_t group, int64_t first, int64_t last) const {
+    const int64_t* const before = rows_before + group * (shape.steps + 1);
+    return before[last] - before[first];
+  }
+  void count_rows(const RowBlocks& row_blocks, int64_t group) const {
+    int64_t* const before = rows_before + group * (shape.steps + 1);
+    before[0] = 0;
+    for (int64_t t = 0; t < shape.steps; ++t)
+      before[t + 1] = before[t] + row_blocks.rows(group, shape.active(t)).count;
+  }
 
   // Backward undoes the directions' own order.
   static bool reversed(int d) { return d == 0; }
@@ -34,14 +51,32 @@ struct ChunkLayout {
   }
   Section section(int d, int64_t s, int64_t end, int64_t group) const {
     const StepRange steps = range_at(shape, reversed(d), s, end);
-    if (groups == 1) return {steps, 0, shape.batch, 0, steps.rows};
+    if (groups == 1) return {steps, 0, 0, shape.batch, 0, steps.rows};
+    if (dealt()) {
+      int64_t base = 0;
+      for (int64_t i = 0; i < group; ++i) base += rows_between(i, steps.first, steps.last);
+      return {steps, group, group, 0, base, rows_between(group, steps.first, steps.last)};
+    }
     const int64_t first = first_of_group(group), batch = first_of_group(group + 1) - first;
-    return {steps, first, batch, (end - s) * first, (end - s) * batch};
+    return {steps, group, first, batch, (end - s) * first, (end - s) * batch};
   }
   // Visits rows [begin, end) of a section: visit(row in it, t, b).
   template <class Visit>
   void for_rows_of(const Section& section, int64_t begin, int64_t end, Visit&& visit) const {
     if (groups == 1) return for_rows(shape, section.steps, begin, end, visit);
+    if (dealt()) {
+      if (begin >= end) return;
+      const int64_t first = section.steps.first, group = section.group;
+      int64_t t = first;
+      while (rows_between(group, first, t + 1) <= begin) ++t;
+      int64_t r = begin - rows_between(group, first, t);
+      for (int64_t row = begin; row < end; ++t, r = 0)
+        for (int64_t b = group + r * plan.row_step; b < shape.active(t) && row < end; ++row) {
+          visit(row, t, b);
+          b += plan.row_step;
+        }
+      return;
+    }
     int64_t t = section.steps.first + begin / section.batch, b = begin % section.batch;
     for (int64_t row = begin; row < end; ++row) {
       visit(row, t, section.first_b + b);
@@ -59,6 +94,12 @@ struct ChunkLayout {
         range_at(shape, reversed(d), begin, end < shape.steps ? end : shape.steps);
     const int64_t t = step_at(shape, reversed(d), s);
     if (groups == 1) return shape.first_row(t) - steps.base + b;
+    if (dealt()) {
+      const int64_t own = b % plan.row_step;
+      int64_t row = rows_between(own, steps.first, t) + b / plan.row_step;
+      for (int64_t i = 0; i < own; ++i) row += rows_between(i, steps.first, steps.last);
+      return row;
+    }
     int64_t group = groups - 1;
     while (first_of_group(group) > b) --group;
     const int64_t first = first_of_group(group), batch = first_of_group(group + 1) - first;

@@ -88,7 +88,8 @@ Plan make_plan(const PlanInput& input) {
   const double inputs = double(gates) * s.hidden_size * s.input_size;
   const double both_bytes = (weights + inputs) * input.element_bytes;
   const bool exceeds_own_cache = both_bytes > kOwnCacheBytes;
-  if (input.backward && !s.batch_sizes && s.proj_size == 0 && s.directions == 1 &&
+  const bool can_group = s.batch_sizes ? plan.row_step > 1 && blocks <= kMostGroups : true;
+  if (input.backward && can_group && s.proj_size == 0 && s.directions == 1 &&
       batch >= 2 * least && both_bytes <= kGroupedWeightsBytes)
     plan.groups = std::min(blocks, kMostGroups);
 
