@@ -82,7 +82,6 @@ struct BackwardPass : private ChunkLayout {
   const BackwardCall<T>& call;
   const Features<T>& features;
   const int64_t gate_rows;  // G*H
-  const RowBlocks row_blocks;
   const bool project, norm, two_stages;
   const bool splits;  // do gradients of the gates' input side and recurrent side differ?
   Columns<T> state_columns, input_columns, hidden_columns;
@@ -91,11 +90,10 @@ struct BackwardPass : private ChunkLayout {
   size_t workspace_bytes;
 
   BackwardPass(const BackwardCall<T>& c, const Plan& p, void* workspace)
-      : ChunkLayout{c.shape, p, has_groups(c) ? p.groups : 1, nullptr},
+      : ChunkLayout(c.shape, p, padded(c.shape.state_size()) * int64_t(sizeof(T)), has_groups(c)),
         call(c),
         features(c.features),
         gate_rows(kGates * c.shape.hidden_size),
-        row_blocks(c.shape, p, padded(c.shape.state_size()) * int64_t(sizeof(T))),
         project(c.shape.proj_size > 0),
         norm(c.features.norm_ih[0]),
         two_stages(c.features.reset_before),
@@ -285,7 +283,7 @@ struct BackwardPass : private ChunkLayout {
       if (i < hiddens)
         return pack(from.w_hr, from.ld_hr, shape.proj_size, hidden_columns, i, w.w_hr);
       clear_operand_ends(w);
-      for (int64_t group = 0; dealt() && group < groups; ++group) count_rows(row_blocks, group);
+      for (int64_t group = 0; dealt() && group < groups; ++group) count_rows(group);
       const int64_t R = shape.state_size(), H = shape.hidden_size;
       load_state(w.carry, row_blocks, R,
                  [&](int64_t b) { return state_row(call.dh_n[d], shape, b, R); });
@@ -526,8 +524,8 @@ struct BackwardPass : private ChunkLayout {
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < rows.count; ++r)
       for (int v = 0; v < vectors; ++v)
-        unit_backward<false>(d, s, t, rows[r], row_of_first + r * step_in_chunk(), first + v * kLanes<T>,
-                             gates, load(tile + r * width + v * kLanes<T>));
+        unit_backward<false>(d, s, t, rows[r], row_of_first + r * step_in_chunk(),
+                             first + v * kLanes<T>, gates, load(tile + r * width + v * kLanes<T>));
   }
 
   // The arrays that take a position's gate gradients.

@@ -144,12 +144,12 @@ struct BatchRows {
 struct RowBlocks {
   static constexpr int64_t kApartBytes = 512;
 
-  int64_t block_rows, step, blocks, batch, pitch;
+  int64_t block_rows, blocks, step, batch, pitch;
 
   RowBlocks(const SequenceShape& shape, const Plan& plan, int64_t row_bytes)
       : block_rows(plan.row_block),
-        step(plan.row_step),
         blocks(blocks_of(shape.batch, plan.row_block)),
+        step(plan.deal_rows ? blocks : 1),
         batch(shape.batch),
         pitch(plan.row_block + blocks_of(kApartBytes, row_bytes)) {}
 

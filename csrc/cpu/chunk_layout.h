@@ -9,10 +9,17 @@ namespace rnn_ext::RNN_EXT_ISA {
 struct ChunkLayout {
   const SequenceShape& shape;
   const Plan& plan;
+  const RowBlocks row_blocks;
   const int64_t groups;
   // (groups, T + 1): rows of a group before each step. Only where rows are dealt out, a block to
   // each group.
   int64_t* rows_before = nullptr;
+
+  ChunkLayout(const SequenceShape& s, const Plan& p, int64_t row_bytes, bool has_groups)
+      : shape(s),
+        plan(p),
+        row_blocks(s, p, row_bytes),
+        groups(has_groups && (!p.deal_rows || p.groups == row_blocks.blocks) ? p.groups : 1) {}
 
   // The rows of one group at the steps of a chunk.
   struct Section {
@@ -21,14 +28,14 @@ struct ChunkLayout {
     int64_t base, rows;             // number of the first one in the arrays, count
   };
 
-  bool dealt() const { return groups > 1 && plan.row_step > 1; }
+  bool dealt() const { return groups > 1 && row_blocks.step > 1; }
   // From one row of a block to the next in the arrays.
-  int64_t step_in_chunk() const { return dealt() ? 1 : plan.row_step; }
+  int64_t step_in_chunk() const { return dealt() ? 1 : row_blocks.step; }
   int64_t rows_between(int64_t group, int64_t first, int64_t last) const {
     const int64_t* const before = rows_before + group * (shape.steps + 1);
     return before[last] - before[first];
   }
-  void count_rows(const RowBlocks& row_blocks, int64_t group) const {
+  void count_rows(int64_t group) const {
     int64_t* const before = rows_before + group * (shape.steps + 1);
     before[0] = 0;
     for (int64_t t = 0; t < shape.steps; ++t)
@@ -71,9 +78,9 @@ struct ChunkLayout {
       while (rows_between(group, first, t + 1) <= begin) ++t;
       int64_t r = begin - rows_between(group, first, t);
       for (int64_t row = begin; row < end; ++t, r = 0)
-        for (int64_t b = group + r * plan.row_step; b < shape.active(t) && row < end; ++row) {
+        for (int64_t b = group + r * row_blocks.step; b < shape.active(t) && row < end; ++row) {
           visit(row, t, b);
-          b += plan.row_step;
+          b += row_blocks.step;
         }
       return;
     }
@@ -95,8 +102,8 @@ struct ChunkLayout {
     const int64_t t = step_at(shape, reversed(d), s);
     if (groups == 1) return shape.first_row(t) - steps.base + b;
     if (dealt()) {
-      const int64_t own = b % plan.row_step;
-      int64_t row = rows_between(own, steps.first, t) + b / plan.row_step;
+      const int64_t own = b % row_blocks.step;
+      int64_t row = rows_between(own, steps.first, t) + b / row_blocks.step;
       for (int64_t i = 0; i < own; ++i) row += rows_between(i, steps.first, steps.last);
       return row;
     }

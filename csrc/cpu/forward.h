@@ -69,9 +69,9 @@ struct ForwardPass {
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
   bool gather;
-  // With rows enough, a tile projects its own input: nothing is written for another step, or
-  // another member, to read.
-  bool project_in_step;
+  // Where a chunk's steps have rows enough, a tile projects its own input: nothing is written for
+  // another step, or another member, to read. Are there such chunks, and others?
+  bool some_in_step, some_before;
   // With a single chunk every panel of W_ih is used once: packed when it is, one per member.
   bool one_chunk;
   Element* member_panels = nullptr;
@@ -97,11 +97,11 @@ struct ForwardPass {
     streams_reserve = is_streamable(call.reserve[0]) &&
                       is_streamable(call.reserve[shape.directions - 1]) && !norm &&
                       reserve_bytes() >= plan.streamed_reserve_bytes;
-    project_in_step = plan.project_in_step && !norm && !two_stages;
-    gather =
-        !kValuesAreOperands || shape.order ||
-        (!project_in_step && (!plan.packed_weights || !evenly_spaced(shape, call.x, &x_stride)));
-    if (project_in_step) x_stride = call.x.row_stride;
+    some_in_step = plan.project_in_step_rows <= shape.batch && !norm && !two_stages;
+    some_before = !some_in_step || shape.batch_sizes;
+    gather = !kValuesAreOperands || shape.order ||
+             (some_before && (!plan.packed_weights || !evenly_spaced(shape, call.x, &x_stride)));
+    if (!some_before) x_stride = call.x.row_stride;
     if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
     const int64_t depth_x = elements<P>(shape.input_size);
@@ -116,7 +116,7 @@ struct ForwardPass {
         w.input.plain_bias = from.b_ih;
         w.recurrent.plain_bias = from.b_hh;
       }
-      w.w_ih = plan.packed_weights && (!one_chunk || project_in_step)
+      w.w_ih = plan.packed_weights && (!one_chunk || some_in_step)
                    ? arena.take<Element>(width * depth_x)
                    : nullptr;
       const bool packed = plan.packed_weights && plan.packed_recurrent;
@@ -125,7 +125,7 @@ struct ForwardPass {
         if (two_stages) place_stages(d, packed, arena);
       }
       w.x = gather ? arena.take<Element>(rows * x_stride) : nullptr;
-      w.gx = project_in_step ? nullptr : arena.take<T>(rows * width);
+      w.gx = some_before ? arena.take<T>(rows * width) : nullptr;
       for (int i = 0; i < 2; ++i) {
         w.h[i] = arena.take<T>(places * padded(shape.state_size()));
         if constexpr (kValuesAreOperands) w.h_operand[i] = w.h[i];
@@ -143,7 +143,7 @@ struct ForwardPass {
           project ? arena.take<Element>(projection_columns.size(hidden_depth())) : nullptr;
       w.unprojected = project ? arena.take<Element>(places * hidden_stride()) : nullptr;
     }
-    if (plan.packed_weights && one_chunk && !project_in_step)
+    if (plan.packed_weights && one_chunk && !some_in_step)
       member_panels = arena.take<Element>(plan.threads * member_panel_size());
     workspace_bytes = arena.bytes();
   }
@@ -160,8 +160,14 @@ struct ForwardPass {
     const int64_t end = s + plan.chunk_steps < last ? s + plan.chunk_steps : last;
     if (s == features.first_position) prepare(team);
     project_input(team, s, end);
+    Chunk chunk;
+    for (int d = 0; d < shape.directions; ++d) {
+      const StepRange range = range_at(shape, d == 1, s, end);
+      chunk.base[d] = range.base;
+      chunk.in_step[d] = in_step(range);
+    }
     for_steps(team, shape, plan, s, end,
-              [&](Member& member, const Part& part, int64_t i) { step(member, part, i, s, end); });
+              [&](Member& member, const Part& part, int64_t i) { step(member, part, i, chunk); });
     if (streams_reserve) flush_streams();
     if (end == last) team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
@@ -246,6 +252,15 @@ struct ForwardPass {
     }
   }
 
+  // Are a chunk's inputs projected by the tiles of its steps?
+  bool in_step(const StepRange& range) const {
+    return some_in_step && range.rows >= plan.project_in_step_rows * (range.last - range.first);
+  }
+  struct Chunk {
+    int64_t base[kMaxDirections];  // number of its first row
+    bool in_step[kMaxDirections];
+  };
+
   void project_input(Member& team, int64_t s, int64_t end) const {
     // Steps of the same positions, but rows of a packed batch differ by direction.
     int64_t blocks = 0;
@@ -258,11 +273,11 @@ struct ForwardPass {
         store_row<P>(directions[d].x + row * x_stride, call.x.at(shape, t, b), shape.input_size);
       };
       // Where rows are dealt out to blocks by who is likely to read them.
-      const int64_t dealt = plan.row_step > 1 ? plan.row_step : blocks;
+      const int64_t dealt = row_blocks.step > 1 ? row_blocks.step : blocks;
       team.for_each(shape.directions * dealt, [&](int64_t job) {
         const int d = int(job / dealt);
         const StepRange range = range_at(shape, d == 1, s, end);
-        if (plan.row_step > 1) {
+        if (row_blocks.step > 1) {
           for (int64_t t = range.first; t < range.last; ++t) {
             const BatchRows rows = row_blocks.rows(job % dealt, shape.active(t));
             for (int64_t r = 0; r < rows.count; ++r)
@@ -275,7 +290,9 @@ struct ForwardPass {
                  [&](int64_t row, int64_t t, int64_t b) { take(d, row, t, b); });
       });
     }
-    if (project_in_step) {
+    const bool all_in_step = in_step(range_at(shape, false, s, end)) &&
+                             in_step(range_at(shape, shape.directions == 2, s, end));
+    if (all_in_step) {
       if (!one_chunk && !features.again)
         team.for_each(shape.directions * blocks, [&](int64_t job) {
           const int d = int(job / blocks);
@@ -315,6 +332,7 @@ struct ForwardPass {
     if (begin >= last) return;
     const Direction& w = directions[d];
     if (panel == 0 && !one_chunk && !features.again) touch_output(d, range, begin, last);
+    if (in_step(range)) return;
     const Element* x = input_operands(d, range.first, 0, 0);
     w.input.multiply(panel, packed, last - begin, x + begin * x_stride, x_stride,
                      w.gx + begin * columns.width() + columns.column(panel), columns.width(),
@@ -352,11 +370,8 @@ struct ForwardPass {
     });
   }
 
-  void step(Member& team, const Part& part, int64_t s, int64_t chunk_begin,
-            int64_t chunk_end) const {
-    const auto gx_row = [&](int d, int64_t t) {
-      return shape.first_row(t) - range_at(shape, d == 1, chunk_begin, chunk_end).base;
-    };
+  void step(Member& team, const Part& part, int64_t s, const Chunk& chunk) const {
+    const auto gx_row = [&](int d, int64_t t) { return shape.first_row(t) - chunk.base[d]; };
     if constexpr (kGates == 3) {
       if (two_stages) {
         for_tiles_of(team, part, s, directions[0].first.columns.panels(),
@@ -372,7 +387,7 @@ struct ForwardPass {
     }
     for_tiles_of(team, part, s, columns.panels(),
                  [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t next) {
-                   gate_tile(d, panel, s, t, rows, gx_row(d, t), next);
+                   gate_tile(d, panel, s, t, rows, gx_row(d, t), chunk.in_step[d], next);
                  });
     if (norm)
       for_row_groups(team, part, plan, [&](int d, int64_t, int64_t block, int64_t r) {
@@ -388,7 +403,7 @@ struct ForwardPass {
   }
 
   void gate_tile(int d, int64_t panel, int64_t s, int64_t t, const BatchRows& rows, int64_t gx_row,
-                 int64_t next) const {
+                 bool project_in_step, int64_t next) const {
     const Direction& w = directions[d];
     const int64_t tile_width = columns.vectors(panel) * kLanes<T>, width = columns.width();
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];

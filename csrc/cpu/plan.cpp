@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace rnn_ext {
 namespace {
@@ -30,7 +31,7 @@ constexpr int64_t kRowsOfAShareOfLargeWeights = 16;
 // W_ih and W_hh together that a step may read for every so many rows.
 constexpr double kBytesOfBothWeights = kOwnCacheBytes * 3 / 4;
 constexpr int64_t kRowsOfBothWeights = 16;
-constexpr int64_t kMostTimesOfBothWeights = 4;
+constexpr double kMostTimesOfBothWeights = 4;
 constexpr int64_t kRowsOfStreamedReserve = 16;
 constexpr int64_t kMostGroups = 4;  // each has gradients of its own: not of larger weights than
 constexpr double kGroupedWeightsBytes = 2 * kOwnCacheBytes;
@@ -70,7 +71,7 @@ Plan make_plan(const PlanInput& input) {
   plan.row_block = std::min(kMaxRowBlock, ceil_div(ceil_div(batch, blocks), 4) * 4);
   blocks = ceil_div(batch, plan.row_block);
   // Where a member is to read all of W_hh at every step, each has its share of the long rows.
-  if (s.batch_sizes && !large && blocks > 1) plan.row_step = blocks;
+  plan.deal_rows = s.batch_sizes && !large && blocks > 1;
 
   // Packing costs as much as a handful of rows of the product; what it saves is a part of each row,
   // the larger the shorter the rows of the weights are (a horizontal sum ends each of them).
@@ -88,9 +89,9 @@ Plan make_plan(const PlanInput& input) {
   const double inputs = double(gates) * s.hidden_size * s.input_size;
   const double both_bytes = (weights + inputs) * input.element_bytes;
   const bool exceeds_own_cache = both_bytes > kOwnCacheBytes;
-  const bool can_group = s.batch_sizes ? plan.row_step > 1 && blocks <= kMostGroups : true;
-  if (input.backward && can_group && s.proj_size == 0 && s.directions == 1 &&
-      batch >= 2 * least && both_bytes <= kGroupedWeightsBytes)
+  const bool can_group = !s.batch_sizes || (plan.deal_rows && blocks <= kMostGroups);
+  if (input.backward && can_group && s.proj_size == 0 && s.directions == 1 && batch >= 2 * least &&
+      both_bytes <= kGroupedWeightsBytes)
     plan.groups = std::min(blocks, kMostGroups);
 
   // With small weights the caches have nothing better to hold, and with few rows backward waits for
@@ -115,11 +116,11 @@ Plan make_plan(const PlanInput& input) {
   const int operand_bytes = narrow ? 2 : input.element_bytes;
   const double peak = kFlopsPerVectorByte * input.vector_bytes * 4 / operand_bytes;
   const double bytes = weights * operand_bytes * s.directions;
-  // By the shape alone, like all that cuts products into tiles. The more rows a step has on average,
-  // the less it matters that every step reads W_ih again.
-  const int64_t times = std::min(s.rows() / steps / kRowsOfBothWeights, kMostTimesOfBothWeights);
-  plan.project_in_step = !input.backward && plan.packed_weights &&
-                         (weights + inputs) * operand_bytes <= kBytesOfBothWeights * double(times);
+  // By the shape alone, like all that cuts products into tiles. The more rows a step has, the less
+  // it matters that it reads W_ih again.
+  const double times = std::ceil((weights + inputs) * operand_bytes / kBytesOfBothWeights);
+  if (!input.backward && plan.packed_weights && times <= kMostTimesOfBothWeights)
+    plan.project_in_step_rows = std::max<int64_t>(int64_t(times), 1) * kRowsOfBothWeights;
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.
@@ -146,8 +147,7 @@ Plan make_plan(const PlanInput& input) {
     // Every part reads all weights of its direction at every step.
     if (large && batch / shares < least) continue;
     const double of_blocks = double(ceil_div(blocks, shares)) / double(blocks);
-    const double of_rows =
-        plan.row_step > 1 ? 0 : part_of_work(s, blocks / shares * plan.row_block);
+    const double of_rows = plan.deal_rows ? 0 : part_of_work(s, blocks / shares * plan.row_block);
     const double share = std::max(of_blocks, of_rows) / s.directions;
     const double apart = kTeamStartSeconds + alone * share + kBarrierSeconds * chunks;
     if (apart < best && apart < 0.85 * alone) {

@@ -17,13 +17,14 @@ struct Plan {
   // has so few rows that reading the weights is all that counts.
   bool packed_weights = true;
   bool packed_recurrent = true;
-  // Is a tile's input projected at its step, rather than the whole chunk's first?
-  bool project_in_step = false;
+  // Forward only. From how many rows a step on (the mean of a chunk) is a tile's input projected at
+  // its step, rather than the whole chunk's first?
+  int64_t project_in_step_rows = INT64_MAX;
   int64_t chunk_steps = 1;  // steps whose input projection (weight gradient) is done at once
   int64_t row_block = 1;    // batch rows of one job, at most
-  // From one row of a block to the next: 1, or the number of blocks, where rows end one by one and
-  // each block is to have its share of the long ones.
-  int64_t row_step = 1;
+  // Are rows dealt out to the blocks one by one? For rows that end one by one: each block has its
+  // share of the long ones.
+  bool deal_rows = false;
   // Into how many parts the batch of each direction is shared out, whose members go through all
   // steps of a chunk without waiting for each other. 0: every step is shared by the whole team.
   int64_t shares = 0;

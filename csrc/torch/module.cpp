@@ -118,7 +118,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   info["row_block"] = p.row_block;
   info["shares"] = p.shares;
   info["groups"] = p.groups;
-  info["project_in_step"] = p.project_in_step;
+  info["project_in_step"] = p.project_in_step_rows <= shape.batch;
   info["directions_in_turn"] = p.directions_in_turn;
   info["predicted_step_us"] = p.step_seconds * 1e6;
   info["reason"] = p.reason;

@@ -99,6 +99,7 @@ struct Setting {
   bool bf16_products = false;
   int64_t shares = 0;
   int project_in_step = -1;  // -1: as planned
+  int deal_rows = -1;
   bool directions_in_turn = false;
   bool streams_reserve = false;  // true: however little it is
 };
@@ -190,9 +191,11 @@ void run_call(const Call& call, bool backward, const Setting& setting) {
   plan.directions_in_turn = setting.directions_in_turn;
   if (setting.row_block) plan.row_block = setting.row_block;
   if (setting.groups) plan.groups = setting.groups;
+  if (setting.deal_rows >= 0) plan.deal_rows = setting.deal_rows != 0;
   if (setting.packed_weights >= 0) plan.packed_weights = setting.packed_weights != 0;
-  if (setting.project_in_step >= 0) plan.project_in_step = setting.project_in_step != 0;
-  if (!plan.packed_weights) plan.project_in_step = false;
+  if (setting.project_in_step >= 0)
+    plan.project_in_step_rows = setting.project_in_step != 0 ? 0 : INT64_MAX;
+  if (!plan.packed_weights) plan.project_in_step_rows = INT64_MAX;
   if (setting.streams_reserve) plan.streamed_reserve_bytes = 0;
   if (setting.packed_recurrent >= 0) plan.packed_recurrent = setting.packed_recurrent != 0;
   const size_t bytes = workspace_bytes(call, plan);

@@ -97,6 +97,18 @@ const std::vector<Case>& cases() {
       {"packed data, row blocks",
        {.I = 3, .H = 5, .D = 2, .batch_sizes = {60, 50, 49, 48, 10, 1}},
        {.chunk_steps = 4}},
+      {"packed data, dealt out, steps of many and of few rows",
+       {.I = 20, .H = 21, .batch_sizes = {40, 40, 39, 38, 20, 9, 9, 2, 1, 1}},
+       {.gap = 2, .chunk_steps = 3}},
+      {"packed data, dealt out, two directions",
+       {.I = 5, .H = 18, .D = 2, .batch_sizes = {13, 11, 9, 4, 1}},
+       {.chunk_steps = 2, .row_block = 4, .groups = 1, .deal_rows = 1}},
+      {"packed data, dealt out, groups",
+       {.I = 66, .H = 19, .batch_sizes = {13, 11, 9, 9, 4, 2, 1}},
+       {.gap = 1, .chunk_steps = 3, .row_block = 4, .groups = 4, .deal_rows = 1}},
+      {"packed data, dealt out, more groups than rows at some steps",
+       {.I = 3, .H = 5, .batch_sizes = {10, 3, 2, 2, 1, 1}},
+       {.chunk_steps = 2, .row_block = 3, .groups = 4, .deal_rows = 1}},
       {"packed data, unpacked weights",
        {.I = 3, .H = 5, .D = 2, .batch_sizes = {4, 4, 1}},
        {.packed_weights = 0}},
@@ -296,6 +308,25 @@ TEST(bfloat16_products) {
     }
   });
   std::printf("  %d runs\n", runs);
+}
+
+// Laying out a workspace and telling its size see the same: W_ih, packed once for several chunks,
+// needs no panel for each member as well.
+TEST(size_of_the_workspace) {
+  float value = 0;
+  BackwardCall<float> call;
+  call.shape = {CellKind::kLstm, 20, 3, 40, 40};
+  call.dx.data = &value;
+  call.gradients[0].w_ih = call.gradients[0].w_hh = &value;
+  Plan plan = plan_call<float>(call.shape, true, 1, false);
+  plan.chunk_steps = 5;
+  const size_t bytes = workspace_bytes(call, plan);
+  plan.threads = 2;
+  CHECK_EQ(workspace_bytes(call, plan), bytes);
+  plan.chunk_steps = 20;  // packed panel by panel, by each member
+  const size_t of_two = workspace_bytes(call, plan);
+  plan.threads = 1;
+  CHECK(workspace_bytes(call, plan) < of_two);
 }
 
 // A gradient does not depend on which others are asked for.

@@ -83,7 +83,7 @@ TEST(same_rounding) {
       CHECK_EQ(plan.chunk_steps, one.chunk_steps);
       CHECK_EQ(plan.row_block, one.row_block);
       CHECK_EQ(plan.groups, one.groups);
-      CHECK_EQ(plan.project_in_step, one.project_in_step);
+      CHECK_EQ(plan.project_in_step_rows, one.project_in_step_rows);
     };
     for (int max_threads : {2, 3, 64}) {
       in.max_threads = max_threads;
@@ -175,7 +175,7 @@ TEST(a_part_of_the_batch_each) {
       PlanInput in = input(50, batch, 128, 128, 2);
       in.backward = backward;
       const Plan plan = make_plan(in);
-      CHECK_EQ(plan.project_in_step, !backward);
+      CHECK_EQ(plan.project_in_step_rows <= batch, !backward);
       CHECK_EQ(plan.threads, 2);
       CHECK_EQ(plan.shares, 2);
       CHECK((batch + plan.row_block - 1) / plan.row_block % 2 == 0);  // and as many each
@@ -195,18 +195,36 @@ TEST(a_part_of_the_batch_each) {
     CHECK_EQ(make_plan(in).shares, 2);
     CHECK_EQ(make_plan(in).groups, backward ? 2 : 1);
     if (backward) CHECK_EQ(make_plan(in).chunk_steps, 16);  // 256 rows of each group
-    CHECK(!make_plan(in).project_in_step);
+    CHECK(make_plan(in).project_in_step_rows > 32);
     in = input(50, 64, 256, 256, 2);  // rows enough to read W_ih again at every step
     in.backward = backward;
-    CHECK_EQ(make_plan(in).project_in_step, !backward);
-    // Rows of very different lengths: the first half of them would have most of the steps.
-    const std::vector<int64_t> sizes = {32, 32, 16, 16, 16, 16, 16, 16};
-    in = input(int64_t(sizes.size()), 32, 256, 256, 2);
-    in.backward = backward;
-    in.shape.batch_sizes = sizes.data();
-    CHECK_EQ(make_plan(in).threads, 2);
-    CHECK_EQ(make_plan(in).shares, 0);
+    CHECK_EQ(make_plan(in).project_in_step_rows <= 64, !backward);
   }
+}
+
+// Rows of very different lengths, of which the first half has most of the steps.
+TEST(rows_that_end_one_by_one) {
+  const std::vector<int64_t> sizes = {32, 32, 16, 16, 16, 16, 16, 16};
+  const std::vector<int64_t> offsets = {0, 32, 64, 80, 96, 112, 128, 144, 160};
+  for (bool backward : {false, true}) {
+    const auto plan_of = [&](int64_t hidden_size) {
+      PlanInput in = input(int64_t(sizes.size()), 32, hidden_size, hidden_size, 2);
+      in.backward = backward;
+      in.shape.batch_sizes = sizes.data();
+      in.shape.offsets = offsets.data();
+      return make_plan(in);
+    };
+    const Plan small = plan_of(128);  // dealt out: each half has as many
+    CHECK(small.deal_rows);
+    CHECK_EQ(small.shares, 2);
+    CHECK_EQ(small.groups, backward ? 2 : 1);
+    const Plan large = plan_of(512);  // weights that are too large for each member to read
+    CHECK(!large.deal_rows);
+    CHECK_EQ(large.threads, 2);
+    CHECK_EQ(large.shares, 0);
+    CHECK_EQ(large.groups, 1);
+  }
+  CHECK(!make_plan(input(8, 32, 128, 128, 2)).deal_rows);
 }
 
 // Where a step has two parts, fewer rows are enough: nobody then waits between them.
