@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import (
 
 from feature_cases import (
     BATCH,
+    CELLS,
     INPUT,
     LENGTHS,
     STEPS,
@@ -73,6 +74,41 @@ def test_lengths_equal_each_row_alone(cell: str, bidirectional: bool) -> None:
         alone, end = plain(module)(x[:length, row], select(hx, row))
         assert_same(output[:length, row], alone)
         assert_same(select(state, row), end)
+
+
+@each_way
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        *((cell, {}) for cell in CELLS),
+        *((cell, {"layer_norm": True}) for cell in CELLS if cell != "lstm_proj"),
+        ("gru", {"reset_after": False}),
+    ],
+)
+def test_many_rows_equal_a_few_at_a_time(
+    cell: str, options: dict[str, bool], bidirectional: bool
+) -> None:
+    """Of many rows each block takes every n-th one, with its own sums of gradients."""
+    module = build(cell, bidirectional=bidirectional, **options)
+    rows, few, steps = 101, 3, 40
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(0, steps + 1, (rows,), generator=generator)
+    lengths[:4] = torch.tensor([steps, 0, 1, steps])
+    x, hx = draw(steps, rows, INPUT), draw_state(module, rows)
+    resets = torch.rand(steps, rows, generator=generator) < 0.1
+    inputs = leaves(module, x, *parts(hx))
+
+    def run(part: slice) -> tuple[Tensor, ...]:
+        output, state = module(
+            x[:, part], select(hx, part), lengths=lengths[part], resets=resets[:, part]
+        )
+        return (output, *parts(state))
+
+    together = run(slice(rows))
+    apart = [run(slice(row, row + few)) for row in range(0, rows, few)]
+    joined = tuple(torch.cat(pieces, dim=1) for pieces in zip(*apart, strict=True))
+    assert_same(together, joined)
+    assert_same(gradients(together, inputs), gradients(joined, inputs))
 
 
 @each_cell
