@@ -156,6 +156,7 @@ struct RowBlocks {
   int64_t places() const { return blocks == 1 ? batch : blocks * pitch; }
   // Those of a block among the first `active` rows of the batch.
   BatchRows rows(int64_t block, int64_t active) const {
+    if (blocks == 1) return {0, 1, active, 0};  // a step at batch 1 is short
     if (step == 1) {
       const int64_t first = block * block_rows;
       return BatchRows{first, 1, active - first, block * pitch}.from(0, block_rows);

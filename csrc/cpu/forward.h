@@ -68,6 +68,8 @@ struct ForwardPass {
   GateColumns<T, kGates> columns;
   Columns<T> projection_columns;
   int64_t x_stride = 0;  // of the rows of a chunk
+  // From one row of a block to the next.
+  int64_t gx_step, y_step, reserve_step;
   bool gather;
   // Where a chunk's steps have rows enough, a tile projects its own input: nothing is written for
   // another step, or another member, to read. Are there such chunks, and others?
@@ -104,6 +106,9 @@ struct ForwardPass {
     if (!some_before) x_stride = call.x.row_stride;
     if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
+    gx_step = row_blocks.step * width;
+    y_step = shape.order ? call.y.row_stride : row_blocks.step * call.y.row_stride;
+    reserve_step = row_blocks.step * features.kept(shape.cell) * padded(shape.hidden_size);
     const int64_t depth_x = elements<P>(shape.input_size);
     const int64_t depth_h = elements<P>(shape.state_size()), places = row_blocks.places();
     Arena arena(workspace);
@@ -359,52 +364,43 @@ struct ForwardPass {
     return begin + kMaxRowBlock < range.rows ? begin + kMaxRowBlock : range.rows;
   }
 
-  // Calls job(direction, panel, t, batch rows, the panel likely to be next or -1) for the part's
-  // tiles of position s.
-  template <class Job>
-  void for_tiles_of(Member& team, const Part& part, int64_t s, int64_t panels, Job&& job) const {
-    for_tiles(team, part, panels, [&](int d, int64_t panel, int64_t block, int64_t next) {
-      const int64_t t = step_at(shape, d == 1, s);
-      const BatchRows rows = row_blocks.rows(block, shape.active(t));
-      if (rows.count > 0) job(d, panel, t, rows, next);
-    });
-  }
-
   void step(Member& team, const Part& part, int64_t s, const Chunk& chunk) const {
-    const auto gx_row = [&](int d, int64_t t) { return shape.first_row(t) - chunk.base[d]; };
+    const auto time = [&](int d) { return step_at(shape, d == 1, s); };
+    const auto gx_row = [&](int d) { return shape.first_row(time(d)) - chunk.base[d]; };
     if constexpr (kGates == 3) {
       if (two_stages) {
-        for_tiles_of(team, part, s, directions[0].first.columns.panels(),
-                     [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t) {
-                       first_stage(d, panel, s, rows, gx_row(d, t));
-                     });
-        for_tiles_of(team, part, s, directions[0].second.columns.panels(),
-                     [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t) {
-                       second_stage(d, panel, s, t, rows, gx_row(d, t));
-                     });
+        for_tiles(team, part, directions[0].first.columns.panels(),
+                  [&](int d, int64_t panel, int64_t block, int64_t) {
+                    first_stage(d, panel, s, time(d), block, gx_row(d));
+                  });
+        for_tiles(team, part, directions[0].second.columns.panels(),
+                  [&](int d, int64_t panel, int64_t block, int64_t) {
+                    second_stage(d, panel, s, time(d), block, gx_row(d));
+                  });
         return;
       }
     }
-    for_tiles_of(team, part, s, columns.panels(),
-                 [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t next) {
-                   gate_tile(d, panel, s, t, rows, gx_row(d, t), chunk.in_step[d], next);
-                 });
+    for_tiles(team, part, columns.panels(), [&](int d, int64_t panel, int64_t block, int64_t next) {
+      gate_tile(d, panel, s, time(d), block, gx_row(d), chunk.in_step[d], next);
+    });
     if (norm)
       for_row_groups(team, part, plan, [&](int d, int64_t, int64_t block, int64_t r) {
-        const int64_t t = step_at(shape, d == 1, s);
+        const int64_t t = time(d);
         const BatchRows rows = row_blocks.rows(block, shape.active(t)).from(r, kRowGroup);
-        if (rows.count > 0) norm_rows(d, s, t, rows, gx_row(d, t));
+        if (rows.count > 0) norm_rows(d, s, t, rows, gx_row(d));
       });
     if (shape.proj_size > 0)
-      for_tiles_of(team, part, s, projection_columns.panels(),
-                   [&](int d, int64_t panel, int64_t t, const BatchRows& rows, int64_t) {
-                     projection_tile(d, panel, s, t, rows);
-                   });
+      for_tiles(team, part, projection_columns.panels(),
+                [&](int d, int64_t panel, int64_t block, int64_t) {
+                  projection_tile(d, panel, s, time(d), block);
+                });
   }
 
-  void gate_tile(int d, int64_t panel, int64_t s, int64_t t, const BatchRows& rows, int64_t gx_row,
+  void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t block, int64_t gx_row,
                  bool project_in_step, int64_t next) const {
     const Direction& w = directions[d];
+    const BatchRows rows = row_blocks.rows(block, shape.active(t));
+    if (rows.count == 0) return;
     const int64_t tile_width = columns.vectors(panel) * kLanes<T>, width = columns.width();
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* const tile = norm ? w.gh + rows.place * width + columns.column(panel) : buffer;
@@ -417,7 +413,7 @@ struct ForwardPass {
     if (norm) return;
     alignas(64) T projected[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* gx = projected;
-    const int64_t gx_stride = project_in_step ? tile_width : rows.step * width;
+    const int64_t gx_stride = project_in_step ? tile_width : gx_step;
     if (project_in_step)
       w.input.multiply(panel, w_ih, rows.count,
                        input_operands(d, t, rows.first, gx_row + rows.first), rows.step * x_stride,
@@ -469,8 +465,8 @@ struct ForwardPass {
             reserve_row(d, t, begin),
             w.unnormalized ? w.unnormalized + 2 * first : nullptr,
             hidden,
-            shape.order ? call.y.row_stride : rows.step * call.y.row_stride,
-            rows.step * features.kept(shape.cell) * hidden,
+            y_step,
+            reserve_step,
             rows.step,
             shape.order ? shape.order + begin : nullptr};
   }
@@ -497,15 +493,15 @@ struct ForwardPass {
   V normalize(T* row, int64_t stride, const typename Direction::Norm& norm, T* kept,
               int64_t kept_stride) const;
   template <class V>
-  void norm_output(int d, int64_t s, int64_t t, const BatchRows& rows, T* kept, int64_t kept_stride,
+  void norm_output(int d, int64_t s, int64_t t, const BatchRows& rows, T* kept,
                    const SimpleRows* simple, int64_t r) const;
 
   // In reset_before.h.
   void place_stages(int d, bool packed, Arena& arena);
   void prepare_stages(int d, int64_t i) const;
   int64_t gx_column(int gate, int64_t unit) const;
-  void first_stage(int d, int64_t panel, int64_t s, const BatchRows& rows, int64_t gx_row) const;
-  void second_stage(int d, int64_t panel, int64_t s, int64_t t, const BatchRows& rows,
+  void first_stage(int d, int64_t panel, int64_t s, int64_t t, int64_t block, int64_t gx_row) const;
+  void second_stage(int d, int64_t panel, int64_t s, int64_t t, int64_t block,
                     int64_t gx_row) const;
 
   // What a row's step does beyond the cell itself.
@@ -575,8 +571,10 @@ struct ForwardPass {
     P::store(operands + of.place * state_stride(), unit, h, kLanes<T>);
   }
 
-  void projection_tile(int d, int64_t panel, int64_t s, int64_t t, const BatchRows& rows) const {
+  void projection_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t block) const {
     const Direction& w = directions[d];
+    const BatchRows rows = row_blocks.rows(block, shape.active(t));
+    if (rows.count == 0) return;
     const int vectors = projection_columns.vectors(panel);
     const int64_t first = projection_columns.first(panel), tile_width = vectors * kLanes<T>;
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];

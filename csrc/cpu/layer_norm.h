@@ -94,33 +94,31 @@ void ForwardPass<P, Cell>::norm_row(int d, int64_t s, int64_t t, const BatchRows
   const Direction& w = directions[d];
   const BatchRow of = rows[r];
   const int64_t hidden = padded(shape.hidden_size), width = columns.width();
-  const int64_t gx_stride = rows.step * width;
-  const int64_t kept_stride = rows.step * features.kept(shape.cell) * hidden;
   T *const gh = w.gh + of.place * width, *const gx = w.gx + (gx_row + of.b) * width;
   T* const reserve = reserve_row(d, t, of.b);
   T* const of_h = reserve ? reserve + features.kept_of_cell(shape.cell) * hidden : nullptr;
   T* const of_x = reserve ? of_h + kGates * hidden : nullptr;
-  V by_h = normalize<V>(gh, width, w.norm_hh, of_h, kept_stride);
-  V by_x = normalize<V>(gx, gx_stride, w.norm_ih, of_x, kept_stride);
+  V by_h = normalize<V>(gh, width, w.norm_hh, of_h, reserve_step);
+  V by_x = normalize<V>(gx, gx_step, w.norm_ih, of_x, reserve_step);
   T* const kept = reserve ? of_x + kGates * hidden : nullptr;
   if (kept) {
     for_each_vector(by_h, [&](int i, Vec<T>& by) {
-      zero_row(kept + i * kept_stride, hidden);
-      kept[i * kept_stride] = by[0];
+      zero_row(kept + i * reserve_step, hidden);
+      kept[i * reserve_step] = by[0];
     });
-    for_each_vector(by_x, [&](int i, Vec<T>& by) { kept[i * kept_stride + 1] = by[0]; });
+    for_each_vector(by_x, [&](int i, Vec<T>& by) { kept[i * reserve_step + 1] = by[0]; });
   }
   for (int64_t panel = 0; panel < columns.panels(); ++panel) {
     const int64_t column = columns.column(panel);
     if constexpr (kValuesAreOperands) {
       if (simple) {
-        simple_cell<true, V>(*simple, panel, r, gx + column, gx_stride, gh + column, width);
+        simple_cell<true, V>(*simple, panel, r, gx + column, gx_step, gh + column, width);
         continue;
       }
     }
     cell_row<true>(d, panel, s, t, of, gx + column, gh + column);
   }
-  if constexpr (Cell::kHasCellState) norm_output<V>(d, s, t, rows, kept, kept_stride, simple, r);
+  if constexpr (Cell::kHasCellState) norm_output<V>(d, s, t, rows, kept, simple, r);
 }
 
 // h_t = o * tanh(normalized c_t); its mean and 1 / deviation go to kept[2], kept[3].
@@ -128,8 +126,7 @@ template <class P, class Cell>
 template <class V>
 RNN_EXT_INLINE void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t t,
                                                       const BatchRows& rows, T* kept,
-                                                      int64_t kept_stride, const SimpleRows* simple,
-                                                      int64_t r) const {
+                                                      const SimpleRows* simple, int64_t r) const {
   const Direction& w = directions[d];
   const VectorMath<T, V> math{call.linear_activations};
   const BatchRow of = rows[r];
@@ -146,8 +143,8 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::norm_output(int d, int64_t s, int64_t 
   }
   V by = inverse_deviation<T>(sum_of_all<T>(squares), H, features.norm_eps);
   if (kept) {
-    for_each_vector(mean, [&](int i, Vec<T>& of_row) { kept[i * kept_stride + 2] = of_row[0]; });
-    for_each_vector(by, [&](int i, Vec<T>& of_row) { kept[i * kept_stride + 3] = of_row[0]; });
+    for_each_vector(mean, [&](int i, Vec<T>& of_row) { kept[i * reserve_step + 2] = of_row[0]; });
+    for_each_vector(by, [&](int i, Vec<T>& of_row) { kept[i * reserve_step + 3] = of_row[0]; });
   }
   const T* h_prev = w.h[s & 1] + of.place * padded(shape.state_size());
   const Beyond beyond = simple ? Beyond{} : beyond_plain(d, t, of.b);

@@ -49,9 +49,11 @@ int64_t ForwardPass<P, Cell>::gx_column(int gate, int64_t unit) const {
 
 // r, z and r * h_{t-1}.
 template <class P, class Cell>
-void ForwardPass<P, Cell>::first_stage(int d, int64_t panel, int64_t s, const BatchRows& rows,
+void ForwardPass<P, Cell>::first_stage(int d, int64_t panel, int64_t s, int64_t t, int64_t block,
                                        int64_t gx_row) const {
   const Direction& w = directions[d];
+  const BatchRows rows = row_blocks.rows(block, shape.active(t));
+  if (rows.count == 0) return;
   const VectorMath<T> math{call.linear_activations};
   const int64_t H = shape.hidden_size, hidden = padded(H), unit = w.first.columns.first_unit(panel);
   alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
@@ -75,9 +77,11 @@ void ForwardPass<P, Cell>::first_stage(int d, int64_t panel, int64_t s, const Ba
 
 // n and h_t.
 template <class P, class Cell>
-void ForwardPass<P, Cell>::second_stage(int d, int64_t panel, int64_t s, int64_t t,
-                                        const BatchRows& rows, int64_t gx_row) const {
+void ForwardPass<P, Cell>::second_stage(int d, int64_t panel, int64_t s, int64_t t, int64_t block,
+                                        int64_t gx_row) const {
   const Direction& w = directions[d];
+  const BatchRows rows = row_blocks.rows(block, shape.active(t));
+  if (rows.count == 0) return;
   const VectorMath<T> math{call.linear_activations};
   const int64_t H = shape.hidden_size, hidden = padded(H);
   const int64_t width = w.second.columns.vectors(panel) * kLanes<T>;
