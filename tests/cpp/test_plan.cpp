@@ -82,6 +82,7 @@ TEST(same_rounding) {
       CHECK_EQ(plan.packed_recurrent, one.packed_recurrent);
       CHECK_EQ(plan.chunk_steps, one.chunk_steps);
       CHECK_EQ(plan.row_block, one.row_block);
+      CHECK_EQ(plan.deal_rows, one.deal_rows);
       CHECK_EQ(plan.groups, one.groups);
       CHECK_EQ(plan.project_in_step_rows, one.project_in_step_rows);
     };
