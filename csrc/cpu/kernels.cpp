@@ -5,6 +5,7 @@
 #include "backward.h"
 #include "cell_rows.h"
 #include "forward.h"
+#include "input_projection.h"
 #include "layer_norm.h"
 #include "reset_before.h"
 #include "weight_gradients.h"
