@@ -94,7 +94,7 @@ struct ChunkLayout {
     }
   }
   // Where the values of (position s, batch row b) stand in the arrays of its chunk; those of the
-  // other rows of b's block follow.
+  // rows that follow in b's block follow, step_in_chunk() apart.
   int64_t chunk_row(int d, int64_t s, int64_t b) const {
     const int64_t begin = s / plan.chunk_steps * plan.chunk_steps, end = begin + plan.chunk_steps;
     const StepRange steps =
