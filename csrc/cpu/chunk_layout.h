@@ -24,8 +24,8 @@ struct ChunkLayout {
   // The rows of one group at the steps of a chunk.
   struct Section {
     StepRange steps;
-    int64_t group, first_b, batch;  // the group's first batch row and how many, unless dealt out
-    int64_t base, rows;             // number of the first one in the arrays, count
+    int64_t first_b, batch;  // the group's first batch row, and how many if they are consecutive
+    int64_t base, rows;      // number of the first one in the arrays, count
   };
 
   bool dealt() const { return groups > 1 && row_blocks.step > 1; }
@@ -58,14 +58,14 @@ struct ChunkLayout {
   }
   Section section(int d, int64_t s, int64_t end, int64_t group) const {
     const StepRange steps = range_at(shape, reversed(d), s, end);
-    if (groups == 1) return {steps, 0, 0, shape.batch, 0, steps.rows};
+    if (groups == 1) return {steps, 0, shape.batch, 0, steps.rows};
     if (dealt()) {
       int64_t base = 0;
       for (int64_t i = 0; i < group; ++i) base += rows_between(i, steps.first, steps.last);
-      return {steps, group, group, 0, base, rows_between(group, steps.first, steps.last)};
+      return {steps, group, 0, base, rows_between(group, steps.first, steps.last)};
     }
     const int64_t first = first_of_group(group), batch = first_of_group(group + 1) - first;
-    return {steps, group, first, batch, (end - s) * first, (end - s) * batch};
+    return {steps, first, batch, (end - s) * first, (end - s) * batch};
   }
   // Visits rows [begin, end) of a section: visit(row in it, t, b).
   template <class Visit>
@@ -73,7 +73,7 @@ struct ChunkLayout {
     if (groups == 1) return for_rows(shape, section.steps, begin, end, visit);
     if (dealt()) {
       if (begin >= end) return;
-      const int64_t first = section.steps.first, group = section.group;
+      const int64_t first = section.steps.first, group = section.first_b;
       int64_t t = first;
       while (rows_between(group, first, t + 1) <= begin) ++t;
       int64_t r = begin - rows_between(group, first, t);
