@@ -31,7 +31,8 @@ struct ForwardPass {
     Element* w_ih;        // panels, null where not packed once for all chunks
     Element* w_hh;        // panels, null where not packed
     Element* projection;  // panels of W_hr^T
-    Element* x;           // (chunk rows, padded(I)): gathered input
+    // (chunk rows, padded(I)): gathered input; by places where each step gathers its own
+    Element* x;
     T* gx;                // (chunk rows, width)
     // By places (RowBlocks), as all that has a row for each of the batch:
     T* h[2];                // (B, padded(R)): h_{t-1} and h_t, alternating
@@ -129,7 +130,7 @@ struct ForwardPass {
       if constexpr (kGates == 3) {
         if (two_stages) place_stages(d, packed, arena);
       }
-      w.x = gather ? arena.take<Element>(rows * x_stride) : nullptr;
+      w.x = gather ? arena.take<Element>((rows > places ? rows : places) * x_stride) : nullptr;
       w.gx = some_before ? arena.take<T>(rows * width) : nullptr;
       for (int i = 0; i < 2; ++i) {
         w.h[i] = arena.take<T>(places * padded(shape.state_size()));
@@ -170,6 +171,7 @@ struct ForwardPass {
       const StepRange range = range_at(shape, d == 1, s, end);
       chunk.base[d] = range.base;
       chunk.in_step[d] = in_step(range);
+      chunk.gathers[d] = gathers_in_step(range);
     }
     for_steps(team, shape, plan, s, end,
               [&](Member& member, const Part& part, int64_t i) { step(member, part, i, chunk); });
@@ -261,14 +263,21 @@ struct ForwardPass {
   bool in_step(const StepRange& range) const {
     return some_in_step && range.rows >= plan.project_in_step_rows * (range.last - range.first);
   }
+  // Does a member, whose rows nobody else reads, gather their inputs at their step? What it then
+  // reads again for every panel is in the cache next to it.
+  bool gathers_in_step(const StepRange& range) const {
+    return gather && plan.shares > 0 && in_step(range);
+  }
   struct Chunk {
     int64_t base[kMaxDirections];  // number of its first row
-    bool in_step[kMaxDirections];
+    bool in_step[kMaxDirections], gathers[kMaxDirections];
   };
 
   // In input_projection.h: what a chunk needs before its steps.
   void project_input(Member& team, int64_t s, int64_t end) const;
   void gather_input(Member& team, int64_t s, int64_t end, int64_t blocks) const;
+  void gather_step(const Part& part, int64_t s, const Chunk& chunk) const;
+  void fetch_next_input(int d, int64_t panel, int64_t s, int64_t block) const;
   void input_tile(int d, int64_t panel, const Element* packed, const StepRange& range,
                   int64_t block, const Element* ahead = nullptr) const;
   void touch_output(int d, const StepRange& range, int64_t begin, int64_t end) const;
@@ -301,8 +310,9 @@ struct ForwardPass {
         return;
       }
     }
+    if (gather) gather_step(part, s, chunk);
     for_tiles(team, part, columns.panels(), [&](int d, int64_t panel, int64_t block, int64_t next) {
-      gate_tile(d, panel, s, time(d), block, gx_row(d), chunk.in_step[d], next);
+      gate_tile(d, panel, s, time(d), block, gx_row(d), chunk, next);
     });
     if (norm)
       for_row_groups(team, part, plan, [&](int d, int64_t, int64_t block, int64_t r) {
@@ -318,10 +328,12 @@ struct ForwardPass {
   }
 
   void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t block, int64_t gx_row,
-                 bool project_in_step, int64_t next) const {
+                 const Chunk& chunk, int64_t next) const {
     const Direction& w = directions[d];
+    const bool project_in_step = chunk.in_step[d];
     const BatchRows rows = row_blocks.rows(block, shape.active(t));
     if (rows.count == 0) return;
+    if (chunk.gathers[d]) fetch_next_input(d, panel, s, block);
     const int64_t tile_width = columns.vectors(panel) * kLanes<T>, width = columns.width();
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* const tile = norm ? w.gh + rows.place * width + columns.column(panel) : buffer;
@@ -335,7 +347,10 @@ struct ForwardPass {
     alignas(64) T projected[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* gx = projected;
     const int64_t gx_stride = project_in_step ? tile_width : gx_step;
-    if (project_in_step)
+    if (project_in_step && chunk.gathers[d])
+      w.input.multiply(panel, w_ih, rows.count, w.x + rows.place * x_stride, x_stride, projected,
+                       tile_width, ahead);
+    else if (project_in_step)
       w.input.multiply(panel, w_ih, rows.count,
                        input_operands(d, t, rows.first, gx_row + rows.first), rows.step * x_stride,
                        projected, tile_width, ahead);

@@ -18,6 +18,7 @@ void ForwardPass<P, Cell>::gather_input(Member& team, int64_t s, int64_t end,
   team.for_each(shape.directions * dealt, [&](int64_t job) {
     const int d = int(job / dealt);
     const StepRange range = range_at(shape, d == 1, s, end);
+    if (gathers_in_step(range)) return;
     if (row_blocks.step > 1) {
       for (int64_t t = range.first; t < range.last; ++t) {
         const BatchRows rows = row_blocks.rows(job % dealt, shape.active(t));
@@ -32,6 +33,34 @@ void ForwardPass<P, Cell>::gather_input(Member& team, int64_t s, int64_t end,
   });
 }
 
+// The rows of x of one step, by the member that alone reads them.
+template <class P, class Cell>
+void ForwardPass<P, Cell>::gather_step(const Part& part, int64_t s, const Chunk& chunk) const {
+  for (int d = part.first_direction; d < part.first_direction + part.directions; ++d) {
+    if (!chunk.gathers[d]) continue;
+    const int64_t t = step_at(shape, d == 1, s);
+    for (int64_t block = part.first_block; block < part.first_block + part.blocks; ++block) {
+      const BatchRows rows = row_blocks.rows(block, shape.active(t));
+      for (int64_t r = 0; r < rows.count; ++r)
+        store_row<P>(directions[d].x + (rows.place + r) * x_stride,
+                     call.x.at(shape, t, rows[r].b), shape.input_size);
+    }
+  }
+}
+
+// Asks for the rows that the block's next step will gather. They lie apart, so the processor does
+// not foresee it; a few lines with every panel, as there are few that it can wait for at once.
+template <class P, class Cell>
+void ForwardPass<P, Cell>::fetch_next_input(int d, int64_t panel, int64_t s, int64_t block) const {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  if (s + 1 >= shape.steps) return;
+  const int64_t t = step_at(shape, d == 1, s + 1), panels = columns.panels();
+  const BatchRows rows = row_blocks.rows(block, shape.active(t));
+  for (int64_t r = rows.count * panel / panels; r < rows.count * (panel + 1) / panels; ++r)
+    for (int64_t i = 0; i < shape.input_size; i += kLine)
+      __builtin_prefetch(call.x.at(shape, t, rows[r].b) + i, /*for writing*/ 0, 2);
+}
+
 template <class P, class Cell>
 void ForwardPass<P, Cell>::project_input(Member& team, int64_t s, int64_t end) const {
   // Steps of the same positions, but rows of a packed batch differ by direction.
@@ -40,9 +69,11 @@ void ForwardPass<P, Cell>::project_input(Member& team, int64_t s, int64_t end) c
     const int64_t n = blocks_of(range_at(shape, d == 1, s, end).rows, kMaxRowBlock);
     if (n > blocks) blocks = n;
   }
-  if (gather) gather_input(team, s, end, blocks);
-  const bool all_in_step = in_step(range_at(shape, false, s, end)) &&
-                           in_step(range_at(shape, shape.directions == 2, s, end));
+  const StepRange first = range_at(shape, false, s, end);
+  const StepRange second = range_at(shape, shape.directions == 2, s, end);
+  const bool all_in_step = in_step(first) && in_step(second);
+  if (gather && !(gathers_in_step(first) && gathers_in_step(second)))
+    gather_input(team, s, end, blocks);
   if (all_in_step) {
     if (!one_chunk && !features.again)
       team.for_each(shape.directions * blocks, [&](int64_t job) {

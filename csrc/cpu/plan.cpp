@@ -31,6 +31,8 @@ constexpr int64_t kRowsOfAShareOfLargeWeights = 16;
 // W_ih and W_hh together that a step may read for every so many rows.
 constexpr double kBytesOfBothWeights = kOwnCacheBytes * 3 / 4;
 constexpr int64_t kRowsOfBothWeights = 16;
+// ... half as many where x must be gathered before a chunk's product, or gx goes from core to core.
+constexpr int64_t kRowsOfBothWeightsIfDealt = 8;
 constexpr double kMostTimesOfBothWeights = 4;
 constexpr int64_t kRowsOfStreamedReserve = 16;
 constexpr int64_t kMostGroups = 4;  // each has gradients of its own: not of larger weights than
@@ -120,7 +122,9 @@ Plan make_plan(const PlanInput& input) {
   // it matters that it reads W_ih again.
   const double times = std::ceil((weights + inputs) * operand_bytes / kBytesOfBothWeights);
   if (!input.backward && plan.packed_weights && times <= kMostTimesOfBothWeights)
-    plan.project_in_step_rows = std::max<int64_t>(int64_t(times), 1) * kRowsOfBothWeights;
+    plan.project_in_step_rows = 
+        std::max<int64_t>(int64_t(times), 1) *
+        (plan.deal_rows ? kRowsOfBothWeightsIfDealt : kRowsOfBothWeights);
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.

@@ -176,16 +176,21 @@ struct Layer {
     const int64_t width = t.size(2);
     const size_t row_bytes = size_t(width * t.element_size());
     char* const data = static_cast<char*>(t.mutable_data_ptr());
+    const int64_t* const lengths = schedule.lengths.data();
     const int64_t rows = T * shape.batch;
     const int64_t rows_of_job = std::max<int64_t>(at::internal::GRAIN_SIZE / width, 1);
     const double seconds = double(t.nbytes()) / kBytesPerSecond;
     share_out((rows + rows_of_job - 1) / rows_of_job, seconds, [&](int64_t job) {
-      const int64_t end = std::min(rows, (job + 1) * rows_of_job);
-      for (int64_t row = job * rows_of_job; row < end; ++row) {
-        const int64_t step = in.batch_first ? row % T : row / shape.batch;
-        const int64_t b = in.batch_first ? row / T : row % shape.batch;
-        if (step >= schedule.lengths[size_t(b)])
-          std::memset(data + size_t(row) * row_bytes, 0, row_bytes);
+      const int64_t first = job * rows_of_job, end = std::min(rows, first + rows_of_job);
+      const int64_t inner = in.batch_first ? T : shape.batch;
+      int64_t i = first / inner, k = first % inner;
+      for (int64_t row = first; row < end; ++row) {
+        const int64_t step = in.batch_first ? k : i, b = in.batch_first ? i : k;
+        if (step >= lengths[b]) std::memset(data + size_t(row) * row_bytes, 0, row_bytes);
+        if (++k == inner) {
+          k = 0;
+          ++i;
+        }
       }
     });
   }
