@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -189,9 +190,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, num_params, return_cells, input, *rest):
         params, others = rest[:num_params], rest[num_params:]
-        *results, reserve = torch.ops.rnn_ext.recurrent_layer(
-            input, params, *others, *options, return_cells, True
-        )
+        with torch._C._AutoDispatchBelowAutograd():
+            *results, reserve = torch.ops.rnn_ext.recurrent_layer(
+                input, params, *others, *options, return_cells, True
+            )
         ctx.options, ctx.num_params = options, num_params
         # The caller may change the output in place, as torch.nn allows on the CPU.
         ctx.save_for_backward(input, *rest, torch._lazy_clone(results[0]), reserve)
@@ -285,9 +287,12 @@ def _gradients(ctx, grads, mask: list[bool]) -> list:
     *grads, grad_cells = grads
     if grad_cells is not None and grad_cells.dim() == 1:  # of cells that were not asked for
         grad_cells = None
-    found = torch.ops.rnn_ext.recurrent_layer_backward(
-        *grads, grad_cells, *call[:_TENSORS], output, reserve, *call[_TENSORS:], mask
-    )
+    # Nobody differentiates again? Then the operator's own formula has nothing to add but its cost.
+    again = torch.is_grad_enabled()
+    with nullcontext() if again else torch._C._AutoDispatchBelowAutograd():
+        found = torch.ops.rnn_ext.recurrent_layer_backward(
+            *grads, grad_cells, *call[:_TENSORS], output, reserve, *call[_TENSORS:], mask
+        )
     given = call.differentiable()
     return _by_argument(
         [
