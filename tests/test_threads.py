@@ -113,6 +113,30 @@ def test_same_bits_for_any_number_of_threads(cell: str, shape: str) -> None:
 
 
 @each_cell
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_same_bits_with_lengths(cell: str, bidirectional: bool) -> None:
+    """A member that has rows to itself gathers their inputs at every step, a team before them."""
+    config = Config(cell, input_size=30, hidden_size=136, bidirectional=bidirectional)
+    module = make_module(config)
+    steps, rows = 50, 33
+    x, lengths = torch.randn(steps, rows, 30), torch.randperm(steps)[:rows]
+
+    def run() -> Results:
+        leaf = x.clone().requires_grad_()
+        output, state = module(leaf, lengths=lengths)
+        results = flatten((output, state))
+        loss = sum((r * (r + k)).sum() for k, r in enumerate(results))
+        gradients = torch.autograd.grad(loss, [leaf, *module.parameters()])
+        return {str(k): r.detach() for k, r in enumerate([*results, *gradients])}
+
+    with threads(1):
+        expected = run()
+    for count in (2, 3, 8):
+        with threads(count):
+            assert_same_bits(run(), expected)
+
+
+@each_cell
 def test_another_number_of_threads_for_backward(cell: str) -> None:
     config = Config(cell, **SHAPES["stack"])
     module, call = make_module(config), make_call(config)

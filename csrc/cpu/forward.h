@@ -33,7 +33,7 @@ struct ForwardPass {
     Element* projection;  // panels of W_hr^T
     // (chunk rows, padded(I)): gathered input; by places where each step gathers its own
     Element* x;
-    T* gx;                // (chunk rows, width)
+    T* gx;  // (chunk rows, width)
     // By places (RowBlocks), as all that has a row for each of the batch:
     T* h[2];                // (B, padded(R)): h_{t-1} and h_t, alternating
     Element* h_operand[2];  // the same as operands

@@ -42,8 +42,8 @@ void ForwardPass<P, Cell>::gather_step(const Part& part, int64_t s, const Chunk&
     for (int64_t block = part.first_block; block < part.first_block + part.blocks; ++block) {
       const BatchRows rows = row_blocks.rows(block, shape.active(t));
       for (int64_t r = 0; r < rows.count; ++r)
-        store_row<P>(directions[d].x + (rows.place + r) * x_stride,
-                     call.x.at(shape, t, rows[r].b), shape.input_size);
+        store_row<P>(directions[d].x + (rows.place + r) * x_stride, call.x.at(shape, t, rows[r].b),
+                     shape.input_size);
     }
   }
 }

@@ -122,9 +122,8 @@ Plan make_plan(const PlanInput& input) {
   // it matters that it reads W_ih again.
   const double times = std::ceil((weights + inputs) * operand_bytes / kBytesOfBothWeights);
   if (!input.backward && plan.packed_weights && times <= kMostTimesOfBothWeights)
-    plan.project_in_step_rows = 
-        std::max<int64_t>(int64_t(times), 1) *
-        (plan.deal_rows ? kRowsOfBothWeightsIfDealt : kRowsOfBothWeights);
+    plan.project_in_step_rows = std::max<int64_t>(int64_t(times), 1) *
+                                (plan.deal_rows ? kRowsOfBothWeightsIfDealt : kRowsOfBothWeights);
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.

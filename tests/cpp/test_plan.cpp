@@ -219,6 +219,10 @@ TEST(rows_that_end_one_by_one) {
     CHECK(small.deal_rows);
     CHECK_EQ(small.shares, 2);
     CHECK_EQ(small.groups, backward ? 2 : 1);
+    if (!backward) {  // fewer rows a step are enough to read W_ih at each of them
+      const Plan together = make_plan(input(int64_t(sizes.size()), 32, 128, 128, 2));
+      CHECK(small.project_in_step_rows < together.project_in_step_rows);
+    }
     const Plan large = plan_of(512);  // weights that are too large for each member to read
     CHECK(!large.deal_rows);
     CHECK_EQ(large.threads, 2);
