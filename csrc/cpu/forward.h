@@ -31,9 +31,8 @@ struct ForwardPass {
     Element* w_ih;        // panels, null where not packed once for all chunks
     Element* w_hh;        // panels, null where not packed
     Element* projection;  // panels of W_hr^T
-    // (chunk rows, padded(I)): gathered input; by places where each step gathers its own
-    Element* x;
-    T* gx;  // (chunk rows, width)
+    Element* x;  // (chunk rows, padded(I)): gathered input; by places where a step gathers its own
+    T* gx;       // (chunk rows, width)
     // By places (RowBlocks), as all that has a row for each of the batch:
     T* h[2];                // (B, padded(R)): h_{t-1} and h_t, alternating
     Element* h_operand[2];  // the same as operands
@@ -347,15 +346,15 @@ struct ForwardPass {
     alignas(64) T projected[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const T* gx = projected;
     const int64_t gx_stride = project_in_step ? tile_width : gx_step;
-    if (project_in_step && chunk.gathers[d])
-      w.input.multiply(panel, w_ih, rows.count, w.x + rows.place * x_stride, x_stride, projected,
+    if (project_in_step) {
+      const bool by_place = chunk.gathers[d];
+      const Element* const x = by_place ? w.x + rows.place * x_stride
+                                        : input_operands(d, t, rows.first, gx_row + rows.first);
+      w.input.multiply(panel, w_ih, rows.count, x, (by_place ? 1 : rows.step) * x_stride, projected,
                        tile_width, ahead);
-    else if (project_in_step)
-      w.input.multiply(panel, w_ih, rows.count,
-                       input_operands(d, t, rows.first, gx_row + rows.first), rows.step * x_stride,
-                       projected, tile_width, ahead);
-    else
+    } else {
       gx = w.gx + (gx_row + rows.first) * width + columns.column(panel);
+    }
     int64_t r = 0;
     if constexpr (kValuesAreOperands) {
       if (simple_rows && !any_starts_anew(d, t, rows)) {

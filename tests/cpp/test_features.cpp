@@ -222,6 +222,11 @@ class Run {
     plan.shares = shares_;
     plan.chunk_steps = 2;
     plan.packed_weights = plan.packed_recurrent = true;
+    // Several blocks of few rows, dealt out where these end one by one; of every other length all
+    // steps project their own input.
+    plan.row_block = 4;
+    plan.deal_rows = call.shape.batch_sizes && B_ > plan.row_block;
+    if (!backward) plan.project_in_step_rows = c_.T % 2 ? 0 : INT64_MAX;
     return plan;
   }
   static void run_forward(const ForwardCall<double>& call, const Plan& plan) {
