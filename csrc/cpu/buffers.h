@@ -151,7 +151,7 @@ struct RowBlocks {
         blocks(blocks_of(shape.batch, plan.row_block)),
         step(plan.deal_rows ? blocks : 1),
         batch(shape.batch),
-        pitch(plan.row_block + blocks_of(kApartBytes, row_bytes)) {}
+        pitch(plan.row_block + (shape.steps > 1 ? blocks_of(kApartBytes, row_bytes) : 0)) {}
 
   int64_t places() const { return blocks == 1 ? batch : blocks * pitch; }
   // Those of a block among the first `active` rows of the batch.

@@ -22,7 +22,7 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::simple_cell(const SimpleRows& at, int6
       x[g] = load_rows<V>(gx + (g * unit_vectors + u) * kLanes<T>, gx_stride);
       h[g] = load_rows<V>(gh + (g * unit_vectors + u) * kLanes<T>, gh_stride);
     }
-    if constexpr (Cell::kHasCellState) c = load_rows<V>(at.c + before + unit, at.hidden);
+    if constexpr (Cell::kHasCellState) c = load_rows<V>(at.c_prev + before + unit, at.hidden);
     if constexpr (Cell::kReadsPreviousOutput)
       previous = load_rows<V>(at.h_prev + before + unit, at.hidden);
     V out = Cell::forward(math, x, h, previous, c, saved);
@@ -80,7 +80,7 @@ RNN_EXT_INLINE void ForwardPass<P, Cell>::cell_row(int d, int64_t panel, int64_t
       x[g] = load(gx + (g * unit_vectors + u) * kLanes<T>);
       h[g] = load(gh + (g * unit_vectors + u) * kLanes<T>);
     }
-    if constexpr (Cell::kHasCellState) c = load(w.c + of.place * hidden + unit);
+    if constexpr (Cell::kHasCellState) c = load(w.c_prev + of.place * hidden + unit);
     if (Cell::kReadsPreviousOutput || beyond.zoneout_h) previous = load(h_prev + unit);
     const Vec<T> c_prev = c;
     Vec<T> out = Cell::forward(math, x, h, previous, c, saved);

@@ -36,7 +36,7 @@ struct ForwardPass {
     // By places (RowBlocks), as all that has a row for each of the batch:
     T* h[2];                // (B, padded(R)): h_{t-1} and h_t, alternating
     Element* h_operand[2];  // the same as operands
-    T* c;                   // (B, padded(H))
+    T *c, *c_prev;          // (B, padded(H)): c_t and c_{t-1}, which may be one place
     Element* unprojected;   // (B, padded(H))
     // Only with layer normalization.
     T* gh;  // (B, width): products with W_hh
@@ -63,6 +63,8 @@ struct ForwardPass {
   const bool two_stages;  // GruResetBefore
   // Does a row's step do nothing but the cell, unless an episode ends?
   const bool simple_rows;
+  // A single step has the state it reads, and the one it leaves, in the tensors themselves.
+  const bool state_in_place;
   // Is what is kept for the way back more than the caches would keep until then?
   bool streams_reserve;
   GateColumns<T, kGates> columns;
@@ -93,6 +95,7 @@ struct ForwardPass {
         two_stages(c.features.reset_before),
         simple_rows(!c.features.zoneout_h.data && !c.features.zoneout_c.data && !c.cells.data &&
                     !separate_operands && c.shape.proj_size == 0 && c.rounding == Rounding::kNone),
+        state_in_place(can_keep_state_in_place()),
         columns{c.shape.hidden_size},
         projection_columns{c.shape.proj_size} {
     one_chunk = plan.chunk_steps >= shape.steps;
@@ -101,8 +104,10 @@ struct ForwardPass {
                       reserve_bytes() >= plan.streamed_reserve_bytes;
     some_in_step = plan.project_in_step_rows <= shape.batch && !norm && !two_stages;
     some_before = !some_in_step || shape.batch_sizes;
-    gather = !kValuesAreOperands || shape.order ||
-             (some_before && (!plan.packed_weights || !evenly_spaced(shape, call.x, &x_stride)));
+    // Dot products read whole vectors of x.
+    const bool whole_rows = plan.packed_weights || shape.input_size % kLanes<T> == 0;
+    gather = !kValuesAreOperands || shape.order || !whole_rows ||
+             (some_before && !evenly_spaced(shape, call.x, &x_stride));
     if (!some_before) x_stride = call.x.row_stride;
     if (gather) x_stride = elements<P>(padded(shape.input_size));
     const int64_t rows = max_chunk_rows(shape, plan), width = columns.width();
@@ -132,11 +137,18 @@ struct ForwardPass {
       w.x = gather ? arena.take<Element>((rows > places ? rows : places) * x_stride) : nullptr;
       w.gx = some_before ? arena.take<T>(rows * width) : nullptr;
       for (int i = 0; i < 2; ++i) {
-        w.h[i] = arena.take<T>(places * padded(shape.state_size()));
+        w.h[i] = state_in_place ? i == 0 ? const_cast<T*>(call.h_0[d]) : call.h_n[d]
+                                : arena.take<T>(places * padded(shape.state_size()));
         if constexpr (kValuesAreOperands) w.h_operand[i] = w.h[i];
         if (separate_operands) w.h_operand[i] = arena.take<Element>(places * state_stride());
       }
-      w.c = Cell::kHasCellState ? arena.take<T>(places * padded(shape.hidden_size)) : nullptr;
+      if (state_in_place) {
+        w.c_prev = const_cast<T*>(call.c_0[d]);
+        w.c = call.c_n[d];
+      } else {
+        w.c = Cell::kHasCellState ? arena.take<T>(places * padded(shape.hidden_size)) : nullptr;
+        w.c_prev = w.c;
+      }
       w.gh = norm ? arena.take<T>(places * width) : nullptr;
       for (T** p : {&w.norm_ih.gain, &w.norm_ih.bias, &w.norm_hh.gain, &w.norm_hh.bias})
         *p = norm ? arena.take<T>(width) : nullptr;
@@ -175,7 +187,8 @@ struct ForwardPass {
     for_steps(team, shape, plan, s, end,
               [&](Member& member, const Part& part, int64_t i) { step(member, part, i, chunk); });
     if (streams_reserve) flush_streams();
-    if (end == last) team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
+    if (end == last && !state_in_place)
+      team.for_each(shape.directions, [&](int64_t d) { finish(int(d)); });
   }
 
  private:
@@ -187,6 +200,16 @@ struct ForwardPass {
     return kPanelVectors * kLanes<T> * elements<P>(shape.input_size);
   }
 
+  bool can_keep_state_in_place() const {
+    if (shape.steps > 1 || !simple_rows || norm || two_stages || shape.order ||
+        features.resets.data || shape.hidden_size % kPad != 0)
+      return false;
+    for (int d = 0; d < shape.directions; ++d)
+      if (!call.h_0[d] || !call.h_n[d] || (Cell::kHasCellState && !(call.c_0[d] && call.c_n[d])))
+        return false;
+    return true;
+  }
+
   int64_t reserve_bytes() const {
     const int64_t steps = features.end(shape) - features.first_position;
     return shape.directions * steps * shape.batch * features.kept(shape.cell) *
@@ -194,6 +217,7 @@ struct ForwardPass {
   }
 
   void prepare(Member& team) const {
+    if (state_in_place && directions[0].input.plain_bias && directions[0].recurrent.plain_bias) return;
     const int64_t panels = columns.panels(), projections = projection_columns.panels();
     const int64_t jobs = panels + projections + 1;
     team.for_each(shape.directions * jobs, [&](int64_t job) {
@@ -219,7 +243,7 @@ struct ForwardPass {
       } else if (i < panels + projections) {
         pack_projection(w, from, i - panels);
       } else {
-        load_initial(d);
+        if (!state_in_place) load_initial(d);
       }
     });
   }
@@ -381,7 +405,7 @@ struct ForwardPass {
   // Where batch rows have their values at one step: the first one's, and from row to row. Only
   // outputs may be in another order.
   struct SimpleRows {
-    const T* h_prev;
+    const T *h_prev, *c_prev;
     T *h, *c, *y, *reserve, *unnormalized;
     int64_t hidden, y_stride, reserve_stride, step;
     const int64_t* order;
@@ -393,6 +417,7 @@ struct ForwardPass {
     const int64_t hidden = padded(shape.hidden_size), begin = rows.first;
     const int64_t first = rows.place * hidden;
     return {w.h[s & 1] + first,
+            w.c ? w.c_prev + first : nullptr,
             w.h[~s & 1] + first,
             w.c ? w.c + first : nullptr,
             (shape.order ? call.y.data + t * call.y.step_stride : call.y.at(shape, t, begin)) +

@@ -124,6 +124,8 @@ Plan make_plan(const PlanInput& input) {
   if (!input.backward && plan.packed_weights && times <= kMostTimesOfBothWeights)
     plan.project_in_step_rows = std::max<int64_t>(int64_t(times), 1) *
                                 (plan.deal_rows ? kRowsOfBothWeightsIfDealt : kRowsOfBothWeights);
+  // A single step reads both once in any case.
+  if (s.steps == 1 && !plan.packed_weights) plan.project_in_step_rows = 1;
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.
