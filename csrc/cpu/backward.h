@@ -50,11 +50,11 @@ struct BackwardPass : private ChunkLayout {
     Element* w_hh;  // panels of (G*H, R)
     Element* w_ih;  // panels of (G*H, I), null where they are not packed once for all chunks
     Element* w_hr;  // panels of (P, H)
-    T* dgx[2];  // (chunk rows, G*H): gradients of the gates' input side, this chunk and the last;
-                // a group's rows after another's
-    T* dgh[2];  // of their recurrent side; the same array unless the cell tells them apart
-    Element* dgx_operand[2];  // the same as operands
-    Element* dgh_operand[2];
+    // (chunk rows, G*H), a group's rows after another's: gradients of the gates' input side, and of
+    // their recurrent side, the same array unless the cell tells them apart.
+    T *dgx, *dgh;
+    Element *dgx_operand, *dgh_operand;  // the same as operands
+    Element* dgh_before;  // (B, G*H), by places: of the last position of the chunk before
     // By places (RowBlocks), as all that has a row for each of the batch:
     T* carry;  // (B, padded(R)): dL/dh on its way to the next position, without the product
     T* dc;     // (B, padded(H))
@@ -127,14 +127,11 @@ struct BackwardPass : private ChunkLayout {
       w.w_ih = take_elements(input_columns.size(gate_depth()), call.dx.data && !one_chunk);
       w.w_hr = take_elements(hidden_columns.size(elements<P>(shape.proj_size)), project);
       const GateGradients<T>& gates = call.gates[d];
-      for (int i = 0; i < 2; ++i) {
-        const bool used = i == 0 || plan.chunk_steps < shape.steps;
-        w.dgx[i] = gates.dgx ? gates.dgx : take(rows * gate_rows, used);
-        w.dgx_operand[i] = take_operand(w.dgx[i], rows * gate_depth(), used);
-        w.dgh[i] = !splits ? w.dgx[i] : gates.dgh ? gates.dgh : take(rows * gate_rows, used);
-        w.dgh_operand[i] =
-            splits ? take_operand(w.dgh[i], rows * gate_depth(), used) : w.dgx_operand[i];
-      }
+      w.dgx = gates.dgx ? gates.dgx : take(rows * gate_rows);
+      w.dgx_operand = take_operand(w.dgx, rows * gate_depth());
+      w.dgh = !splits ? w.dgx : gates.dgh ? gates.dgh : take(rows * gate_rows);
+      w.dgh_operand = splits ? take_operand(w.dgh, rows * gate_depth()) : w.dgx_operand;
+      w.dgh_before = take_elements(places * gate_depth(), !one_chunk);
       w.carry = take(places * padded(shape.state_size()));
       w.dc = take(places * padded(H), Cell::kHasCellState);
       w.dh = take((norm ? places : rows) * padded(shape.state_size()), project || norm);
@@ -215,12 +212,17 @@ struct BackwardPass : private ChunkLayout {
           const Part part = Part::share(shape, plan, i);
           for (int64_t position = s; position < stop; ++position) step(alone, part, position);
           const int64_t own = groups / plan.shares;
-          if (stop == end) products(alone, begin, end, {i * own, own, i});
+          if (stop < end) return;
+          keep_last(alone, part, end);
+          products(alone, begin, end, {i * own, own, i});
         });
       } else {
         for_steps(team, shape, plan, s, stop,
                   [&](Member& member, const Part& part, int64_t i) { step(member, part, i); });
-        if (stop == end) products(team, begin, end, {0, groups, -1});
+        if (stop == end) {
+          keep_last(team, Part::all(shape, plan), end);
+          products(team, begin, end, {0, groups, -1});
+        }
       }
       s = stop;
     }
@@ -320,9 +322,9 @@ struct BackwardPass : private ChunkLayout {
     const int64_t stride = known.row_stride > 0 ? known.row_stride : gate_rows;
     for (int64_t r = begin; r < last; ++r) {
       const int64_t row = range.base + r;
-      copy_row(w.dgx[slot(s)] + r * gate_rows, known.dgx + row * stride, gate_rows);
+      copy_row(w.dgx + r * gate_rows, known.dgx + row * stride, gate_rows);
       if constexpr (Cell::kSplitsGradient)
-        copy_row(w.dgh[slot(s)] + r * gate_rows, known.dgh + row * stride, gate_rows);
+        copy_row(w.dgh + r * gate_rows, known.dgh + row * stride, gate_rows);
       if (!project) continue;
       copy_row(w.dh + r * padded(proj), known.dh + row * proj, proj);
       if constexpr (Cell::kHasCellState) {
@@ -342,9 +344,8 @@ struct BackwardPass : private ChunkLayout {
   void clear_operand_ends(const Direction& w) const {
     if (gate_rows % P::kPerElement == 0) return;
     const int64_t rows = max_chunk_rows(shape, plan);
-    for (Element* const* slots : {w.dgx_operand, w.dgh_operand})
-      for (int i = 0; i < 2; ++i)
-        for (int64_t r = 0; slots[i] && r < rows; ++r) slots[i][(r + 1) * gate_depth() - 1] = 0;
+    for (Element* operands : {w.dgx_operand, w.dgh_operand})
+      for (int64_t r = 0; r < rows; ++r) operands[(r + 1) * gate_depth() - 1] = 0;
   }
 
  public:
@@ -406,6 +407,22 @@ struct BackwardPass : private ChunkLayout {
         [&](int d, int64_t panel, int64_t block, int64_t) { projected_tile(d, panel, s, block); });
   }
 
+  // The gate gradients of a chunk's last position, which the next chunk begins with.
+  void keep_last(Member& team, const Part& part, int64_t end) const {
+    if (end == shape.steps) return;
+    team.for_each(part.directions * part.blocks, [&](int64_t i) {
+      const int d = part.first_direction + int(i / part.blocks);
+      const Direction& w = directions[d];
+      const BatchRows rows =
+          row_blocks.rows(part.first_block + i % part.blocks, active_at(d, end - 1));
+      if (rows.count == 0) return;
+      const Element* from = w.dgh_operand + chunk_row(d, end - 1, rows.first) * gate_depth();
+      for (int64_t r = 0; r < rows.count; ++r)
+        copy_row(w.dgh_before + rows[r].place * gate_depth(),
+                 from + r * step_in_chunk() * gate_depth(), gate_depth());
+    });
+  }
+
   void state_tile(int d, int64_t panel, int64_t s, int64_t block, int64_t next) const {
     const Direction& w = directions[d];
     const BatchRows of_block = row_blocks.rows(block, shape.batch);
@@ -421,11 +438,13 @@ struct BackwardPass : private ChunkLayout {
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* carry = w.carry + of_block.place * stride + first;
     if (earlier > 0) {
-      const Element* dg = w.dgh_operand[slot(s - 1)] + chunk_row(d, s - 1, begin) * gate_depth();
+      const bool kept = s % plan.chunk_steps == 0 && s < shape.steps;
+      const Element* const dg = kept ? w.dgh_before + of_block.place * gate_depth()
+                                     : w.dgh_operand + chunk_row(d, s - 1, begin) * gate_depth();
       const auto panel_of = [&](int64_t i) {
         return w.w_hh + state_columns.offset(i, recurrent_depth());
       };
-      multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, step * gate_depth()},
+      multiply_panel<P>(vectors, earlier, recurrent_depth(), {dg, (kept ? 1 : step) * gate_depth()},
                         panel_of(panel), nullptr, 0, tile, width,
                         next < 0 ? nullptr : panel_of(next));
     }
@@ -453,7 +472,6 @@ struct BackwardPass : private ChunkLayout {
     if (now == 0) return;
 
     const int64_t t = step_at(shape, reversed(d), s), row_of_begin = chunk_row(d, s, begin);
-    const GateRows gates = gate_rows_of(d, s);
     if (call.dy.data) {
       for (int64_t r = 0; r < now; ++r) {
         const T* dy = call.dy.at(shape, t, of_block[r].b) + d * R + first;
@@ -478,10 +496,10 @@ struct BackwardPass : private ChunkLayout {
     } else {
       for (int64_t r = 0; r < now; ++r)
         for (int v = 0; v < vectors; ++v)
-          store(carry + r * stride + v * kLanes<T>,
-                unit_backward<false>(d, s, t, of_block[r], row_of_begin + r * step,
-                                     first + v * kLanes<T>, gates,
-                                     load(tile + r * width + v * kLanes<T>)));
+          store(
+              carry + r * stride + v * kLanes<T>,
+              unit_backward<false>(d, s, t, of_block[r], row_of_begin + r * step,
+                                   first + v * kLanes<T>, load(tile + r * width + v * kLanes<T>)));
     }
   }
 
@@ -518,32 +536,20 @@ struct BackwardPass : private ChunkLayout {
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const int64_t row_of_first = chunk_row(d, s, rows.first);
-    const GateRows gates = gate_rows_of(d, s);
     const Element* dh = w.dh_operand + row_of_first * projection_stride();
     multiply_panel<P>(vectors, rows.count, depth, {dh, step_in_chunk() * projection_stride()},
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < rows.count; ++r)
       for (int v = 0; v < vectors; ++v)
         unit_backward<false>(d, s, t, rows[r], row_of_first + r * step_in_chunk(),
-                             first + v * kLanes<T>, gates, load(tile + r * width + v * kLanes<T>));
-  }
-
-  // The arrays that take a position's gate gradients.
-  struct GateRows {
-    T *dgx, *dgh;
-    Element *dgx_operand, *dgh_operand;
-  };
-  GateRows gate_rows_of(int d, int64_t s) const {
-    const Direction& w = directions[d];
-    const int at = slot(s);
-    return {w.dgx[at], w.dgh[at], w.dgx_operand[at], w.dgh_operand[at]};
+                             first + v * kLanes<T>, load(tile + r * width + v * kLanes<T>));
   }
 
   // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
   // pass through W_hh. `row`: where it stands in the arrays of its chunk. kNorm: for norm_row.
   template <bool kNorm>
   RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, const BatchRow& of, int64_t row,
-                                      int64_t unit, const GateRows& gates, Vec<T> dh) const {
+                                      int64_t unit, Vec<T> dh) const {
     if constexpr (kGates == 3) {
       if (two_stages) return second_stage(d, s, t, of, unit, dh);
     }
@@ -620,13 +626,13 @@ struct BackwardPass : private ChunkLayout {
         if (Cell::kSplitsGradient) store_upto(by_side + gate_rows, dg[g], rest);
         continue;
       }
-      store_upto(gates.dgx + row * gate_rows + column, dx[g], rest);
+      store_upto(w.dgx + row * gate_rows + column, dx[g], rest);
       if constexpr (!kValuesAreOperands)
-        P::store(gates.dgx_operand + row * gate_depth(), column, dx[g], rest);
+        P::store(w.dgx_operand + row * gate_depth(), column, dx[g], rest);
       if constexpr (Cell::kSplitsGradient) {
-        store_upto(gates.dgh + row * gate_rows + column, dg[g], rest);
+        store_upto(w.dgh + row * gate_rows + column, dg[g], rest);
         if constexpr (!kValuesAreOperands)
-          P::store(gates.dgh_operand + row * gate_depth(), column, dg[g], rest);
+          P::store(w.dgh_operand + row * gate_depth(), column, dg[g], rest);
       }
     }
     return u.dh_prev;

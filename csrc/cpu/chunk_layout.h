@@ -48,8 +48,6 @@ struct ChunkLayout {
   int64_t active_at(int d, int64_t s) const {
     return s < 0 || s >= shape.steps ? 0 : shape.active(step_at(shape, reversed(d), s));
   }
-  // Which of two sets of arrays the chunk of position s has.
-  int slot(int64_t s) const { return int(s / plan.chunk_steps & 1); }
 
   // The batch row that a group begins with, of the one after the last: the batch.
   int64_t first_of_group(int64_t group) const {

@@ -217,7 +217,8 @@ struct ForwardPass {
   }
 
   void prepare(Member& team) const {
-    if (state_in_place && directions[0].input.plain_bias && directions[0].recurrent.plain_bias) return;
+    if (state_in_place && directions[0].input.plain_bias && directions[0].recurrent.plain_bias)
+      return;
     const int64_t panels = columns.panels(), projections = projection_columns.panels();
     const int64_t jobs = panels + projections + 1;
     team.for_each(shape.directions * jobs, [&](int64_t job) {

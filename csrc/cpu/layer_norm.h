@@ -224,15 +224,15 @@ void BackwardPass<P, Cell>::norm_row(int d, int64_t s, const BatchRow& of, int64
   if constexpr (Cell::kHasCellState) norm_output(d, t, of, group, dh, kept);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>)
     store(w.carry + of.place * hidden + unit,
-          unit_backward<true>(d, s, t, of, row, unit, gate_rows_of(d, s), load(dh + unit)));
+          unit_backward<true>(d, s, t, of, row, unit, load(dh + unit)));
   const T* const dx = w.dnormal + of.place * 2 * n;
   constexpr bool kSplits = Cell::kSplitsGradient;
   normalize_backward({kSplits ? dx + n : dx, features.norm_hh[d], of_h, kept[0],
                       w.sums.hh + group * n, kSplits ? w.sums.b_hh + group * n : nullptr,
-                      w.dgh[slot(s)] + row * n, w.dgh_operand[slot(s)] + row * gate_depth()});
+                      w.dgh + row * n, w.dgh_operand + row * gate_depth()});
   normalize_backward({dx, features.norm_ih[d], of_x, kept[1], w.sums.ih + group * n,
-                      w.sums.b_ih + group * n, w.dgx[slot(s)] + row * n,
-                      w.dgx_operand[slot(s)] + row * gate_depth()});
+                      w.sums.b_ih + group * n, w.dgx + row * n,
+                      w.dgx_operand + row * gate_depth()});
 }
 
 // dL/dc_t and the gradient of o's gate that come from h~_t = o * tanh(c normalized).

@@ -250,14 +250,22 @@ inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t ro
                           const T* weights, int64_t ld, const T* init, T* out, int64_t out_stride) {
   using V = Vec<T>;
   const int64_t whole = depth / kLanes<T> * kLanes<T>;
-  V sum[kRows][kLanes<T>];
+  constexpr int kGroups = kLanes<T> / kColumns;
+  // Every kGroups-th column at once: these are what the first levels of the sums over lanes
+  // combine, so that one vector of each row is left of them. Those of a single row fit into
+  // registers as they are, and weight rows are read as they follow each other.
+  constexpr bool kFirstLevels = kRows > 1;
+  constexpr int kSums = kFirstLevels ? kGroups : kLanes<T>;
+  V sum[kRows][kSums];
 #pragma GCC unroll 4
-  for (int64_t j = 0; j < kLanes<T>; j += kColumns) {
+  for (int64_t j = 0; j < kGroups; ++j) {
     // Beyond the edge the last row is repeated: same code, results ignored.
     const T* w[kColumns];
 #pragma GCC unroll 16
-    for (int i = 0; i < kColumns; ++i)
-      w[i] = weights + (kWhole || j + i < columns ? j + i : columns - 1) * ld;
+    for (int i = 0; i < kColumns; ++i) {
+      const int64_t column = kFirstLevels ? j + i * kGroups : j * kColumns + i;
+      w[i] = weights + (kWhole || column < columns ? column : columns - 1) * ld;
+    }
     V group[kRows][kColumns] = {};
     const auto add = [&](int64_t k, auto&& load_weights) {
       V x[kRows];
@@ -274,13 +282,18 @@ inline void multiply_dots(int64_t columns, int64_t depth, const T* a, int64_t ro
     for (int64_t k = 0; k < whole; k += kLanes<T>) add(k, [](const T* p) { return load(p); });
     if (whole < depth) add(whole, [&](const T* p) { return load_first(p, depth - whole); });
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kFirstLevels) {
+        sum[r][j] = sum_each<T, kLanes<T>, kColumns>(group[r]);
+      } else {
 #pragma GCC unroll 16
-      for (int i = 0; i < kColumns; ++i) sum[r][j + i] = group[r][i];
+        for (int i = 0; i < kColumns; ++i) sum[r][j * kColumns + i] = group[r][i];
+      }
+    }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    V total = sum_each<T>(sum[r]);
+    V total = sum_each<T, kSums, kSums>(sum[r]);
     if (!kWhole) total = first_lanes<T>(total, columns);  // the others repeat the last row
     store(out + r * out_stride, load(init) + total);
   }

@@ -178,9 +178,9 @@ void BackwardPass<P, Cell>::store_gate(int d, int64_t s, int64_t b, int gate, in
                                        Vec<T> value) const {
   const Direction& w = directions[d];
   const int64_t H = shape.hidden_size, row = chunk_row(d, s, b), column = gate * H + unit;
-  store_upto(w.dgx[slot(s)] + row * gate_rows + column, value, H - unit);
+  store_upto(w.dgx + row * gate_rows + column, value, H - unit);
   if constexpr (!kValuesAreOperands)
-    P::store(w.dgx_operand[slot(s)] + row * gate_depth(), column, value, H - unit);
+    P::store(w.dgx_operand + row * gate_depth(), column, value, H - unit);
 }
 
 }  // namespace rnn_ext::RNN_EXT_ISA

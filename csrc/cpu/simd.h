@@ -246,18 +246,21 @@ RNN_EXT_INLINE V in_register(V v) {
   return v;
 }
 
-// Lane i of the result is the sum over the lanes of rows[i].
-template <class T, int kGroup = kLanes<T>>
-RNN_EXT_INLINE Vec<T> sum_each(Vec<T> (&rows)[kLanes<T>]) {
-  if constexpr (kGroup >= 2) {
-    constexpr int kHalf = kGroup / 2;
+// Lane i of the result is the sum over the lanes of rows[i], with kGroup = kCount = kLanes. Or in
+// two passes, the same additions: first every (kLanes / kCount)-th row, with kGroup = kLanes; then
+// what that left of each such set, with kGroup = kCount = the number of sets.
+template <class T, int kGroup, int kCount>
+RNN_EXT_INLINE Vec<T> sum_each(Vec<T>* rows) {
+  if constexpr (kCount >= 2) {
+    constexpr int kHalf = kCount / 2;
     constexpr auto kAll = std::make_index_sequence<size_t(kLanes<T>)>();
 #pragma GCC unroll 16
     for (int i = 0; i < kHalf; ++i) {
       const Vec<T> a = rows[i], b = rows[i + kHalf];
-      rows[i] = interleave<T, kGroup, 0>(a, b, kAll) + interleave<T, kGroup, kHalf>(a, b, kAll);
+      rows[i] =
+          interleave<T, kGroup, 0>(a, b, kAll) + interleave<T, kGroup, kGroup / 2>(a, b, kAll);
     }
-    return sum_each<T, kHalf>(rows);
+    return sum_each<T, kGroup / 2, kHalf>(rows);
   } else {
     return rows[0];
   }

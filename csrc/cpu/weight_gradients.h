@@ -39,8 +39,8 @@ void BackwardPass<P, Cell>::pack_chunk(Member& team, int64_t s, int64_t end,
     const Direction& w = directions[d];
     const DirectionGradients<T>& g = call.gradients[d];
     const Section rows = section(d, s, end, group);
-    const T* const dgx = w.dgx[slot(s)] + rows.base * gate_rows;
-    const T* const dgh = w.dgh[slot(s)] + rows.base * gate_rows;
+    const T* const dgx = w.dgx + rows.base * gate_rows;
+    const T* const dgh = w.dgh + rows.base * gate_rows;
     T* const biases = group > 0 ? w.biases + (group - 1) * 2 * gate_rows : nullptr;
     T* const b_ih = g.b_ih && biases ? biases : g.b_ih;
     T* const b_hh = g.b_hh && biases ? biases + gate_rows : g.b_hh;
@@ -316,7 +316,7 @@ void BackwardPass<P, Cell>::input_tile(int d, int64_t panel, const Element* pack
   const int vectors = input_columns.vectors(panel);
   const int64_t width = vectors * kLanes<T>;
   alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
-  const Element* dg = directions[d].dgx_operand[slot(s)] + (section.base + begin) * gate_depth();
+  const Element* dg = directions[d].dgx_operand + (section.base + begin) * gate_depth();
   multiply_panel<P>(vectors, rows, gate_depth(), {dg, gate_depth()}, packed, nullptr, 0, tile,
                     width, ahead);
   for_rows_of(section, begin, begin + rows, [&](int64_t row, int64_t t, int64_t b) {

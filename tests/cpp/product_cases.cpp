@@ -241,7 +241,8 @@ void check_squares() {
     for (int64_t j = 0; j < kSide; ++j) right &= rows[i][j] == T(j * kSide + i);
   expect(right, __LINE__, kSide);
 
-  const Vec<T> sums = sum_each<T>(rows);  // of the columns of the square as it was
+  const Vec<T> sums =
+      sum_each<T, kLanes<T>, kLanes<T>>(rows);  // of the columns of the square as it was
   right = true;
   for (int64_t i = 0; i < kSide; ++i)
     right &= sums[i] == T(kSide * (kSide - 1) / 2 * kSide + kSide * i);
