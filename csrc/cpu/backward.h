@@ -472,6 +472,7 @@ struct BackwardPass : private ChunkLayout {
     if (now == 0) return;
 
     const int64_t t = step_at(shape, reversed(d), s), row_of_begin = chunk_row(d, s, begin);
+    const GateRows gates = gate_rows_of(d);
     if (call.dy.data) {
       for (int64_t r = 0; r < now; ++r) {
         const T* dy = call.dy.at(shape, t, of_block[r].b) + d * R + first;
@@ -496,10 +497,10 @@ struct BackwardPass : private ChunkLayout {
     } else {
       for (int64_t r = 0; r < now; ++r)
         for (int v = 0; v < vectors; ++v)
-          store(
-              carry + r * stride + v * kLanes<T>,
-              unit_backward<false>(d, s, t, of_block[r], row_of_begin + r * step,
-                                   first + v * kLanes<T>, load(tile + r * width + v * kLanes<T>)));
+          store(carry + r * stride + v * kLanes<T>,
+                unit_backward<false>(d, s, t, of_block[r], row_of_begin + r * step,
+                                     first + v * kLanes<T>, gates,
+                                     load(tile + r * width + v * kLanes<T>)));
     }
   }
 
@@ -536,20 +537,32 @@ struct BackwardPass : private ChunkLayout {
     const int64_t width = vectors * kLanes<T>, t = step_at(shape, reversed(d), s);
     alignas(64) T tile[kMaxRowBlock * kPanelVectors * kLanes<T>];
     const int64_t row_of_first = chunk_row(d, s, rows.first);
+    const GateRows gates = gate_rows_of(d);
     const Element* dh = w.dh_operand + row_of_first * projection_stride();
     multiply_panel<P>(vectors, rows.count, depth, {dh, step_in_chunk() * projection_stride()},
                       w.w_hr + hidden_columns.offset(panel, depth), nullptr, 0, tile, width);
     for (int64_t r = 0; r < rows.count; ++r)
       for (int v = 0; v < vectors; ++v)
         unit_backward<false>(d, s, t, rows[r], row_of_first + r * step_in_chunk(),
-                             first + v * kLanes<T>, load(tile + r * width + v * kLanes<T>));
+                             first + v * kLanes<T>, gates, load(tile + r * width + v * kLanes<T>));
+  }
+
+  // Where unit_backward leaves the gate gradients: Direction's arrays, but known not to change with
+  // what it stores.
+  struct GateRows {
+    T *dgx, *dgh;
+    Element *dgx_operand, *dgh_operand;
+  };
+  GateRows gate_rows_of(int d) const {
+    const Direction& w = directions[d];
+    return {w.dgx, w.dgh, w.dgx_operand, w.dgh_operand};
   }
 
   // The cell's backward for one vector of units of one row; returns what of dL/dh_{t-1} does not
   // pass through W_hh. `row`: where it stands in the arrays of its chunk. kNorm: for norm_row.
   template <bool kNorm>
   RNN_EXT_INLINE Vec<T> unit_backward(int d, int64_t s, int64_t t, const BatchRow& of, int64_t row,
-                                      int64_t unit, Vec<T> dh) const {
+                                      int64_t unit, const GateRows& gates, Vec<T> dh) const {
     if constexpr (kGates == 3) {
       if (two_stages) return second_stage(d, s, t, of, unit, dh);
     }
@@ -626,13 +639,13 @@ struct BackwardPass : private ChunkLayout {
         if (Cell::kSplitsGradient) store_upto(by_side + gate_rows, dg[g], rest);
         continue;
       }
-      store_upto(w.dgx + row * gate_rows + column, dx[g], rest);
+      store_upto(gates.dgx + row * gate_rows + column, dx[g], rest);
       if constexpr (!kValuesAreOperands)
-        P::store(w.dgx_operand + row * gate_depth(), column, dx[g], rest);
+        P::store(gates.dgx_operand + row * gate_depth(), column, dx[g], rest);
       if constexpr (Cell::kSplitsGradient) {
-        store_upto(w.dgh + row * gate_rows + column, dg[g], rest);
+        store_upto(gates.dgh + row * gate_rows + column, dg[g], rest);
         if constexpr (!kValuesAreOperands)
-          P::store(w.dgh_operand + row * gate_depth(), column, dg[g], rest);
+          P::store(gates.dgh_operand + row * gate_depth(), column, dg[g], rest);
       }
     }
     return u.dh_prev;

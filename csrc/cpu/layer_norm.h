@@ -224,7 +224,7 @@ void BackwardPass<P, Cell>::norm_row(int d, int64_t s, const BatchRow& of, int64
   if constexpr (Cell::kHasCellState) norm_output(d, t, of, group, dh, kept);
   for (int64_t unit = 0; unit < H; unit += kLanes<T>)
     store(w.carry + of.place * hidden + unit,
-          unit_backward<true>(d, s, t, of, row, unit, load(dh + unit)));
+          unit_backward<true>(d, s, t, of, row, unit, gate_rows_of(d), load(dh + unit)));
   const T* const dx = w.dnormal + of.place * 2 * n;
   constexpr bool kSplits = Cell::kSplitsGradient;
   normalize_backward({kSplits ? dx + n : dx, features.norm_hh[d], of_h, kept[0],
