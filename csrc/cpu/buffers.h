@@ -105,6 +105,7 @@ inline int64_t blocks_of(int64_t rows, int64_t block) { return (rows + block - 1
 struct Part {
   int first_direction, directions;
   int64_t first_block, blocks;
+  int64_t number = 0;  // which of the shares
 
   static Part all(const SequenceShape& shape, const Plan& plan) {
     return {0, shape.directions, 0, blocks_of(shape.batch, plan.row_block)};
@@ -116,7 +117,7 @@ struct Part {
   static Part share(const SequenceShape& shape, const Plan& plan, int64_t i) {
     const int64_t blocks = blocks_of(shape.batch, plan.row_block), k = i % plan.shares;
     const int64_t first = blocks * k / plan.shares, last = blocks * (k + 1) / plan.shares;
-    return {int(i / plan.shares), 1, first, last - first};
+    return {int(i / plan.shares), 1, first, last - first, k};
   }
   int64_t jobs(int64_t panels) const { return directions * panels * blocks; }
 };

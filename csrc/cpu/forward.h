@@ -28,8 +28,9 @@ struct ForwardPass {
 
   struct Direction {
     Matrix input, recurrent;
-    Element* w_ih;        // panels, null where not packed once for all chunks
-    Element* w_hh;        // panels, null where not packed
+    // Panels, a copy for each share where the plan says so:
+    Element* w_ih;        // null where not packed once for all chunks
+    Element* w_hh;        // null where not packed
     Element* projection;  // panels of W_hr^T
     Element* x;  // (chunk rows, padded(I)): gathered input; by places where a step gathers its own
     T* gx;       // (chunk rows, width)
@@ -114,8 +115,7 @@ struct ForwardPass {
     gx_step = row_blocks.step * width;
     y_step = shape.order ? call.y.row_stride : row_blocks.step * call.y.row_stride;
     reserve_step = row_blocks.step * features.kept(shape.cell) * padded(shape.hidden_size);
-    const int64_t depth_x = elements<P>(shape.input_size);
-    const int64_t depth_h = elements<P>(shape.state_size()), places = row_blocks.places();
+    const int64_t places = row_blocks.places();
     Arena arena(workspace);
     for (int d = 0; d < shape.directions; ++d) {
       Direction& w = directions[d];
@@ -127,10 +127,10 @@ struct ForwardPass {
         w.recurrent.plain_bias = from.b_hh;
       }
       w.w_ih = plan.packed_weights && (!one_chunk || some_in_step)
-                   ? arena.take<Element>(width * depth_x)
+                   ? arena.take<Element>(copies() * w.input.size())
                    : nullptr;
       const bool packed = plan.packed_weights && plan.packed_recurrent;
-      w.w_hh = packed && !two_stages ? arena.take<Element>(width * depth_h) : nullptr;
+      w.w_hh = packed && !two_stages ? arena.take<Element>(copies() * w.recurrent.size()) : nullptr;
       if constexpr (kGates == 3) {
         if (two_stages) place_stages(d, packed, arena);
       }
@@ -200,6 +200,12 @@ struct ForwardPass {
     return kPanelVectors * kLanes<T> * elements<P>(shape.input_size);
   }
 
+  // Of the packed weights.
+  int64_t copies() const { return plan.own_weights ? plan.shares : 1; }
+  const Element* own_copy(const Matrix& of, const Element* packed, const Part& part) const {
+    return plan.own_weights && packed ? packed + part.number * of.size() : packed;
+  }
+
   bool can_keep_state_in_place() const {
     if (shape.steps > 1 || !simple_rows || norm || two_stages || shape.order ||
         features.resets.data || shape.hidden_size % kPad != 0)
@@ -220,33 +226,44 @@ struct ForwardPass {
     if (state_in_place && directions[0].input.plain_bias && directions[0].recurrent.plain_bias)
       return;
     const int64_t panels = columns.panels(), projections = projection_columns.panels();
-    const int64_t jobs = panels + projections + 1;
+    const int64_t packers = plan.own_weights ? plan.shares : panels;
+    const int64_t jobs = packers + projections + 1;
     team.for_each(shape.directions * jobs, [&](int64_t job) {
       const int d = int(job / jobs);
       const int64_t i = job % jobs;
       const Direction& w = directions[d];
       const DirectionWeights<T>& from = call.weights[d];
-      if (i < panels) {
-        if (!w.input.plain_bias) w.input.load_row(i, norm ? nullptr : from.b_ih, w.input.bias);
-        if (!w.recurrent.plain_bias)
-          w.recurrent.load_row(i, norm ? nullptr : from.b_hh, w.recurrent.bias);
-        if (norm) {
-          w.input.load_row(i, features.norm_ih[d], w.norm_ih.gain);
-          w.input.load_row(i, from.b_ih, w.norm_ih.bias);
-          w.recurrent.load_row(i, features.norm_hh[d], w.norm_hh.gain);
-          w.recurrent.load_row(i, from.b_hh, w.norm_hh.bias);
-        }
-        if (w.w_ih) w.input.pack(i, w.w_ih + w.input.panel_offset(i));
-        if (w.w_hh) w.recurrent.pack(i, w.w_hh + w.recurrent.panel_offset(i));
-        if constexpr (kGates == 3) {
-          if (two_stages) prepare_stages(d, i);
-        }
-      } else if (i < panels + projections) {
-        pack_projection(w, from, i - panels);
+      if (i < packers) {
+        if (!plan.own_weights) return prepare_panel(d, i, 0);
+        for (int64_t panel = 0; panel < panels; ++panel) prepare_panel(d, panel, i);
+      } else if (i < packers + projections) {
+        pack_projection(w, from, i - packers);
       } else {
         if (!state_in_place) load_initial(d);
       }
     });
+  }
+
+  void prepare_panel(int d, int64_t i, int64_t share) const {
+    const Direction& w = directions[d];
+    const DirectionWeights<T>& from = call.weights[d];
+    if (share == 0) {
+      if (!w.input.plain_bias) w.input.load_row(i, norm ? nullptr : from.b_ih, w.input.bias);
+      if (!w.recurrent.plain_bias)
+        w.recurrent.load_row(i, norm ? nullptr : from.b_hh, w.recurrent.bias);
+      if (norm) {
+        w.input.load_row(i, features.norm_ih[d], w.norm_ih.gain);
+        w.input.load_row(i, from.b_ih, w.norm_ih.bias);
+        w.recurrent.load_row(i, features.norm_hh[d], w.norm_hh.gain);
+        w.recurrent.load_row(i, from.b_hh, w.norm_hh.bias);
+      }
+    }
+    if (w.w_ih) w.input.pack(i, w.w_ih + share * w.input.size() + w.input.panel_offset(i));
+    if (w.w_hh)
+      w.recurrent.pack(i, w.w_hh + share * w.recurrent.size() + w.recurrent.panel_offset(i));
+    if constexpr (kGates == 3) {
+      if (two_stages) prepare_stages(d, i);
+    }
   }
 
   void load_initial(int d) const {
@@ -336,7 +353,7 @@ struct ForwardPass {
     }
     if (gather) gather_step(part, s, chunk);
     for_tiles(team, part, columns.panels(), [&](int d, int64_t panel, int64_t block, int64_t next) {
-      gate_tile(d, panel, s, time(d), block, gx_row(d), chunk, next);
+      gate_tile(d, panel, s, time(d), part, block, gx_row(d), chunk, next);
     });
     if (norm)
       for_row_groups(team, part, plan, [&](int d, int64_t, int64_t block, int64_t r) {
@@ -351,8 +368,8 @@ struct ForwardPass {
                 });
   }
 
-  void gate_tile(int d, int64_t panel, int64_t s, int64_t t, int64_t block, int64_t gx_row,
-                 const Chunk& chunk, int64_t next) const {
+  void gate_tile(int d, int64_t panel, int64_t s, int64_t t, const Part& part, int64_t block,
+                 int64_t gx_row, const Chunk& chunk, int64_t next) const {
     const Direction& w = directions[d];
     const bool project_in_step = chunk.in_step[d];
     const BatchRows rows = row_blocks.rows(block, shape.active(t));
@@ -361,9 +378,10 @@ struct ForwardPass {
     const int64_t tile_width = columns.vectors(panel) * kLanes<T>, width = columns.width();
     alignas(64) T buffer[kMaxRowBlock * kPanelVectors * kLanes<T>];
     T* const tile = norm ? w.gh + rows.place * width + columns.column(panel) : buffer;
-    const Element* const w_hh = w.recurrent.panel(w.w_hh, panel);
-    const Element* const w_ih = w.input.panel(w.w_ih, panel);
-    const Element* const ahead = w.recurrent.panel_ahead(w.w_hh, panel, next);
+    const Element* const all = own_copy(w.recurrent, w.w_hh, part);
+    const Element* const w_hh = w.recurrent.panel(all, panel);
+    const Element* const w_ih = w.input.panel(own_copy(w.input, w.w_ih, part), panel);
+    const Element* const ahead = w.recurrent.panel_ahead(all, panel, next);
     w.recurrent.multiply(panel, w_hh, rows.count, w.h_operand[s & 1] + rows.place * state_stride(),
                          state_stride(), tile, norm ? width : tile_width,
                          project_in_step ? w_ih : ahead);

@@ -18,6 +18,7 @@ struct GateMatrix {
   T* bias;                        // (width) in panel order
   const T* plain_bias = nullptr;  // (G*H), where weights and it are used as they are
 
+  int64_t size() const { return columns.width() * elements<P>(depth); }  // of all panels
   int64_t panel_offset(int64_t panel) const { return columns.column(panel) * elements<P>(depth); }
   // One of the packed panels, null where there are none.
   const Element* panel(const Element* packed, int64_t i) const {

@@ -126,6 +126,11 @@ Plan make_plan(const PlanInput& input) {
                                 (plan.deal_rows ? kRowsOfBothWeightsIfDealt : kRowsOfBothWeights);
   // A single step reads both once in any case.
   if (s.steps == 1 && !plan.packed_weights) plan.project_in_step_rows = 1;
+  // Then nothing is made ahead for a chunk but its output's pages.
+  if (plan.project_in_step_rows <= batch && !s.batch_sizes && !input.two_parts) {
+    const int64_t output_bytes = s.state_size() * s.directions * batch * input.element_bytes;
+    plan.chunk_steps = std::clamp<int64_t>(kForwardChunkBytes / output_bytes, 1, steps);
+  }
   plan.step_seconds = std::max(flops / peak, bytes / kL2BytesPerSecond);
 
   // Jobs of a step, the grain of the split.
@@ -162,6 +167,7 @@ Plan make_plan(const PlanInput& input) {
       plan.reason = shares == 1 ? "one direction each" : "a part of the batch each";
     }
   }
+  plan.own_weights = plan.shares > 1 && !input.two_parts && !exceeds_own_cache;
   // Both directions at every step would drive each other's weights out of the cores' caches.
   plan.directions_in_turn =
       s.directions == 2 && plan.shares == 0 && bytes / plan.threads > kOwnCacheBytes / 4 * 3;
