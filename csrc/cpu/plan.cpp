@@ -167,7 +167,7 @@ Plan make_plan(const PlanInput& input) {
       plan.reason = shares == 1 ? "one direction each" : "a part of the batch each";
     }
   }
-  plan.own_weights = plan.shares > 1 && !input.two_parts && !exceeds_own_cache;
+  plan.own_weights = plan.shares > 1 && !input.backward && !input.two_parts && !exceeds_own_cache;
   // Both directions at every step would drive each other's weights out of the cores' caches.
   plan.directions_in_turn =
       s.directions == 2 && plan.shares == 0 && bytes / plan.threads > kOwnCacheBytes / 4 * 3;

@@ -28,8 +28,9 @@ struct Plan {
   // Into how many parts the batch of each direction is shared out, whose members go through all
   // steps of a chunk without waiting for each other. 0: every step is shared by the whole team.
   int64_t shares = 0;
-  // Does each of them pack the weights for itself? They are read where they were written, and of
-  // weights this small a core packs all sooner than two do half each, over what the other has read.
+  // Forward only. Does each of them pack the weights for itself? They are read where they were
+  // written, and of weights this small a core packs all sooner than two do half each, over what the
+  // other has read.
   bool own_weights = false;
   // Backward only, of layers whose steps have one part. Into how many groups of row blocks the
   // batch is divided for sums over its rows: each has weight gradients of its own, which are added

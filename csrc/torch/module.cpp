@@ -117,6 +117,7 @@ py::dict plan(const std::string& cell, int64_t steps, int64_t batch, int64_t inp
   info["chunk_steps"] = p.chunk_steps;
   info["row_block"] = p.row_block;
   info["shares"] = p.shares;
+  info["own_weights"] = p.own_weights;
   info["groups"] = p.groups;
   info["project_in_step"] = p.project_in_step_rows <= shape.batch;
   info["directions_in_turn"] = p.directions_in_turn;

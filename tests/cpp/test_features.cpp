@@ -227,6 +227,7 @@ class Run {
     plan.row_block = 4;
     plan.deal_rows = call.shape.batch_sizes && B_ > plan.row_block;
     if (!backward) plan.project_in_step_rows = c_.T % 2 ? 0 : INT64_MAX;
+    if (!backward) plan.own_weights = shares_ > 1 && !call.features.two_parts();
     return plan;
   }
   static void run_forward(const ForwardCall<double>& call, const Plan& plan) {

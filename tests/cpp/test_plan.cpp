@@ -180,6 +180,9 @@ TEST(a_part_of_the_batch_each) {
       CHECK_EQ(plan.threads, 2);
       CHECK_EQ(plan.shares, 2);
       CHECK((batch + plan.row_block - 1) / plan.row_block % 2 == 0);  // and as many each
+      CHECK_EQ(plan.own_weights, !backward);
+      if (!backward)
+        CHECK_EQ(plan.chunk_steps, std::min<int64_t>(50, 2048 / batch));  // 1 MB of output
       CHECK_EQ(plan.groups, !backward ? 1 : batch > 96 ? 4 : 2);
       in.shape.directions = 2;
       CHECK_EQ(make_plan(in).shares, 1);
